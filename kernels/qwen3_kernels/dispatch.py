@@ -1,0 +1,87 @@
+"""Which implementation of an operation runs, and one log line that says why.
+
+Every operation registers its implementations in order of preference, each with a reason function that returns None
+where the implementation fits the given tensor and else says in words why it does not. ``prefer`` forces one by name
+(tests and benchmarks); forcing one that does not fit is an error, never a silent change.
+"""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+Unfit = Callable[[Tensor], str | None]
+
+
+class Implementation(NamedTuple):
+    """One way to compute an operation."""
+
+    function: Callable[..., Any]
+    unfit: Unfit
+    """Why it can't take this tensor, or None."""
+
+
+_registry: dict[str, dict[str, Implementation]] = {}
+_forced: dict[str, str] = {}
+
+
+def fits_anything(tensor: Tensor) -> None:
+    """The reason function of an implementation that takes every tensor."""
+    return None
+
+
+def register(op: str, name: str, function: Callable[..., Any], unfit: Unfit = fits_anything) -> None:
+    """Add an implementation; earlier ones are preferred."""
+    _registry.setdefault(op, {})[name] = Implementation(function, unfit)
+
+
+def implementations(op: str) -> list[str]:
+    """Names of the implementations of ``op``, in order of preference."""
+    return list(_registry[op])
+
+
+@contextlib.contextmanager
+def prefer(op: str, name: str) -> Iterator[None]:
+    """Force implementation ``name`` of ``op`` inside the block; raises ValueError for an unknown name."""
+    if name not in _registry.get(op, {}):
+        raise ValueError(f"{op}: no implementation {name!r}, expected one of {implementations(op)}")
+    before = _forced.get(op)
+    _forced[op] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            _forced.pop(op)
+        else:
+            _forced[op] = before
+
+
+def choose(op: str, tensor: Tensor, name: str = "auto") -> Callable[..., Any]:
+    """The function that computes ``op`` on ``tensor``'s device; raises ValueError where a named one does not fit."""
+    wanted = _forced.get(op, name)
+    candidates = _registry[op]
+    if wanted != "auto":
+        if wanted not in candidates:
+            raise ValueError(f"{op}: no implementation {wanted!r}, expected one of {implementations(op)}")
+        reason = candidates[wanted].unfit(tensor)
+        if reason is not None:
+            raise ValueError(f"{op}: implementation {wanted!r} was asked for, but {reason}")
+        return candidates[wanted].function
+    skipped = []
+    for candidate, implementation in candidates.items():
+        reason = implementation.unfit(tensor)
+        if reason is None:
+            _say_once(op, candidate, tensor.device.type, "; ".join(skipped))
+            return implementation.function
+        skipped.append(f"not {candidate}: {reason}")
+    raise ValueError(f"{op}: no implementation fits: {'; '.join(skipped)}")
+
+
+@functools.cache
+def _say_once(op: str, name: str, device: str, skipped: str) -> None:
+    log.info("%s runs as %r on %s%s", op, name, device, f" ({skipped})" if skipped else "")

@@ -1,0 +1,48 @@
+"""Cross-entropy of a linear head, chunk by chunk, without ever storing [T, V].
+
+Legend: T tokens, D model width, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from qwen3_kernels import dispatch, reference
+
+
+class LinearCrossEntropy(NamedTuple):
+    """A differentiable sum and its detached parts."""
+
+    loss: Tensor
+    """float32 scalar: sum over tokens of weight * (nll + z_loss_weight * logsumexp^2)."""
+    nll_T: Tensor
+    """float32, detached: -log p(target), 0 where ignored."""
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_ids_T: Tensor,
+    *,
+    loss_weights_T: Tensor | None = None,
+    ignore_index: int = -100,
+    z_loss_weight: float = 0.0,
+    valid_vocab: int | None = None,
+) -> LinearCrossEntropy:
+    """Sum of weighted negative log-likelihoods of ``target_ids_T`` under ``softmax(hidden @ weight.T)``.
+
+    Args:
+        hidden_TD, weight_VD: activations and head; logits and sums are float32.
+        target_ids_T: int64; ``ignore_index`` takes a token out of the loss.
+        loss_weights_T: factor on each token's loss.
+        z_loss_weight: factor on the squared logsumexp (PaLM, arXiv 2204.02311, section 5).
+        valid_vocab: rows of the head from here on are padding and get no probability.
+    """
+    function = dispatch.choose("linear_cross_entropy", hidden_TD)
+    loss, nll_T = function(
+        hidden_TD, weight_VD, target_ids_T, loss_weights_T, ignore_index, z_loss_weight, valid_vocab
+    )
+    return LinearCrossEntropy(loss, nll_T)
+
+
+dispatch.register("linear_cross_entropy", "reference", reference.linear_cross_entropy)

@@ -1,0 +1,58 @@
+"""Top-k routing: softmax over all experts, the k largest, renormalised, with what the experts and the losses need.
+
+Legend: T tokens, E experts, K experts per token, N = T * K routed rows.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from qwen3_kernels import dispatch, reference
+
+
+class Routing(NamedTuple):
+    """Where every token goes.
+
+    Masked tokens go nowhere: weight 0, not counted, last in ``order_N``.
+    """
+
+    expert_ids_TK: Tensor
+    """int64, by falling probability; ties go to the lower id."""
+    weights_TK: Tensor
+    """float32, differentiable."""
+    counts_E: Tensor
+    """int64, routed rows of each expert; sums to K times the unmasked tokens."""
+    prob_sum_E: Tensor
+    """float32, differentiable: sum over unmasked tokens of the softmax (balance loss)."""
+    z_sum: Tensor
+    """float32 scalar, differentiable: sum over unmasked tokens of logsumexp squared (router z-loss)."""
+    order_N: Tensor
+    """int64: positions in the flattened [T * K] sorted by expert, stable."""
+
+
+def router_topk(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    renormalize: bool = True,
+    token_mask_T: Tensor | None = None,
+    expert_ids_TK: Tensor | None = None,
+    selection_bias_E: Tensor | None = None,
+) -> Routing:
+    """Route every token to ``top_k`` of E experts (Qwen3 Technical Report, section 2).
+
+    Args:
+        logits_TE: router logits, float32 for a stable softmax.
+        top_k: experts K per token, at most E.
+        renormalize: divide the chosen probabilities by their sum.
+        token_mask_T: bool, False for padding.
+        expert_ids_TK: replay these experts; weights are gathered from the full softmax, so gradients flow.
+        selection_bias_E: added to the probabilities for the choice alone (aux-loss-free balancing, arXiv 2408.15664).
+    """
+    if not 1 <= top_k <= logits_TE.shape[-1]:
+        raise ValueError(f"router_topk: top_k is {top_k}, expected between 1 and the {logits_TE.shape[-1]} experts")
+    function = dispatch.choose("router_topk", logits_TE)
+    return Routing(*function(logits_TE, top_k, renormalize, token_mask_T, expert_ids_TK, selection_bias_E))
+
+
+dispatch.register("router_topk", "reference", reference.router_topk)
