@@ -29,7 +29,7 @@ def dual_chunk_attention(
     """Grouped-query causal attention in which no document sees another.
 
     Args:
-        q_THC, k_TGC, v_TGC: q and k normed and rotated; with chunks, rotated at ``position % (chunk_size - local_size)``.
+        q_THC, k_TGC, v_TGC: q and k normed and rotated; with chunks, at ``position % (chunk_size - local_size)``.
         cu_seqlens: int32, document starts, closed by T; further entries repeat T.
         max_seqlen: longest document in tokens.
         inv_freq_R: rotary frequencies; needed with chunks, to move q between the three positions.
@@ -41,7 +41,7 @@ def dual_chunk_attention(
         out_THC in q's dtype; exact gradients for q, k and v.
     """
     if (chunk_size is None) != (local_size is None):
-        raise ValueError(f"dual_chunk_attention: chunk_size {chunk_size}, local_size {local_size}: give both or neither")
+        raise ValueError(f"dual_chunk_attention: chunk_size {chunk_size}, local_size {local_size}: both or neither")
     if chunk_size is not None and inv_freq_R is None:
         raise ValueError("dual_chunk_attention: chunk_size without inv_freq_R, expected the model's rotary frequencies")
     function = dispatch.choose("dual_chunk_attention", q_THC, backend)

@@ -1,8 +1,8 @@
 """Every operation in plain PyTorch: the definition, the truth for tests, the path on a CPU.
 
 Legend: T tokens, D model width, H query heads, G kv heads, C head width, R = C / 2 rotated pairs, E experts, K experts
-per token, F expert width, N = T * K routed rows, V vocabulary, B sequences, L document length, P pages, S tokens a page,
-M pages a sequence.
+per token, F expert width, N = T * K routed rows, V vocabulary, B sequences, L document length, P pages, S tokens a
+page, M pages a sequence, J = M * S keys of a sequence.
 
 The functions take the positional arguments that the public operations hand on; their docstrings are there.
 """
@@ -229,7 +229,8 @@ def paged_attention(
         scores_BGRJ = torch.where(distance == 0, scores_BGRJ, torch.where(distance == 1, succ, inter))
     scores_BGRJ = scores_BGRJ.masked_fill(~valid_BJ[:, None, None], float("-inf"))
     p_BGRJ = scores_BGRJ.softmax(-1).nan_to_num(0.0)  # an empty slot has no key at all
-    v_BGJC = v_BJGC.transpose(1, 2).float().masked_fill(~valid_BJ[:, None, :, None], 0.0)  # unwritten pages hold anything
+    # Unwritten pages may hold anything, NaN included.
+    v_BGJC = v_BJGC.transpose(1, 2).float().masked_fill(~valid_BJ[:, None, :, None], 0.0)
     return (p_BGRJ @ v_BGJC).reshape(batch, heads, width).to(q_BHC.dtype)
 
 

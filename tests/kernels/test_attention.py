@@ -121,7 +121,7 @@ def test_paged_decode_equals_the_last_row_of_packed_attention(chunks):
 def test_chunk_arguments_go_together():
     q, k, v = inputs(3)
     cu_seqlens = torch.tensor([0, 3], dtype=torch.int32)
-    with pytest.raises(ValueError, match="give both or neither"):
+    with pytest.raises(ValueError, match="both or neither"):
         dual_chunk_attention(q, k, v, cu_seqlens, 3, chunk_size=8)
     with pytest.raises(ValueError, match="without inv_freq_R"):
         dual_chunk_attention(q, k, v, cu_seqlens, 3, chunk_size=8, local_size=2)

@@ -1,0 +1,172 @@
+"""Strong-to-weak distillation, both phases (Technical Report, section 4.5).
+
+What the batch holds decides. Packed conversations are teacher outputs: the student imitates them (off-policy). Prompts
+are answered by the student itself, and every token it sampled is pulled towards the teacher's whole distribution by a
+Kullback-Leibler divergence (on-policy). The report names neither direction nor temperature of that divergence: the
+default, reverse KL at temperature 1, is ours.
+"""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen3_lit.data.batch import PackedBatch, PromptBatch
+from qwen3_lit.distributed.fsdp2_strategy import loss_scale
+from qwen3_lit.errors import UserError
+from qwen3_lit.generation.sampling import SamplingParams
+from qwen3_lit.losses.distillation import distillation_loss
+from qwen3_lit.losses.reduction import sum_over_ranks
+from qwen3_lit.model.hf_checkpoint import load_hf
+from qwen3_lit.model.transformer import Qwen3
+from qwen3_lit.modules.cold_start_sft import ColdStartSFTModule
+from qwen3_lit.modules.grpo import seconds_per_point
+from qwen3_lit.modules.policy_module import training_params
+from qwen3_lit.rl.replay import split_micro_batches
+from qwen3_lit.rl.rollout import collect, to_packed
+
+
+class DistillModule(ColdStartSFTModule):
+    """A student that learns from teacher outputs, then from the teacher's probabilities on its own outputs."""
+
+    def __init__(
+        self,
+        on_policy: bool = False,
+        teacher: str | None = None,
+        sampling: SamplingParams | None = None,
+        samples_per_prompt: int = 1,
+        jsd_beta: float = 1.0,
+        micro_batch_tokens: int = 32768,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            on_policy: whether the data are prompts that the student answers, or teacher outputs.
+            teacher: Hugging Face folder of the teacher, same tokenizer; needed on-policy.
+            sampling: how the student's completions are drawn; the full distribution, its n is samples_per_prompt.
+            samples_per_prompt: completions of one prompt.
+            jsd_beta: 0 is forward KL(teacher || student), 1 reverse KL, between them the generalised Jensen-Shannon
+                divergence.
+            micro_batch_tokens: most tokens of one on-policy forward and backward pass.
+            kwargs: see PolicyModule and PhaseModule.
+        """
+        super().__init__(**kwargs)
+        self.automatic_optimization = not on_policy
+        self.sampling = training_params(sampling or SamplingParams(), samples_per_prompt, record_routing=False)
+        self.jsd_beta = jsd_beta
+        self.micro_batch_tokens = micro_batch_tokens
+        self.teacher_folder = teacher
+        self._groups_sampled = 0
+        self.__dict__["_teacher"] = None  # outside of parameters(), optimizer and checkpoint
+        if on_policy and teacher is None:
+            raise UserError("model.init_args.teacher is null: on-policy distillation needs the teacher's folder")
+
+    @property
+    def teacher(self) -> Qwen3:
+        """The frozen teacher, loaded on first use."""
+        if self._teacher is None:
+            assert self.teacher_folder is not None
+            teacher = load_hf(self.teacher_folder).to(self.device).eval().requires_grad_(False)
+            if teacher.config.vocab_size < self.valid_vocab:
+                raise UserError(
+                    f"teacher {self.teacher_folder} has {teacher.config.vocab_size} rows for a tokenizer of "
+                    f"{self.valid_vocab} tokens; teacher and student must share the tokenizer"
+                )
+            self.__dict__["_teacher"] = teacher
+        return self._teacher
+
+    def training_step(self, batch: PackedBatch | PromptBatch, batch_idx: int) -> Tensor | None:  # type: ignore[override]
+        """Imitate, or sample and match."""
+        if isinstance(batch, PromptBatch) == self.automatic_optimization:
+            raise UserError(
+                f"model.init_args.on_policy is {not self.automatic_optimization}, but the data give "
+                f"{type(batch).__name__}; on-policy goes with PromptData, off-policy with ConversationData"
+            )
+        if isinstance(batch, PackedBatch):
+            return self.language_model_step(batch)
+        self._on_policy_step(batch)
+        return None
+
+    def _on_policy_step(self, batch: PromptBatch) -> None:
+        started = time.perf_counter()
+        with self.generating() as engine:
+            rollouts = collect(
+                engine,
+                self.tokenizer,
+                batch.problems,
+                self.sampling,
+                self.environments,
+                policy_version=self.global_step,
+                first_group_id=self._groups_sampled,
+            )
+        self._groups_sampled += len(batch)
+        self.counters.rollout_tokens += sum(len(r.completion_ids) for r in rollouts)
+        self.counters.rollout_seconds += time.perf_counter() - started
+        # A cut completion is as good a place to learn the teacher's distribution as any other.
+        rows = [
+            to_packed(part, mask_truncated=False).to(self.device)
+            for part in split_micro_batches(rollouts, self.micro_batch_tokens)
+        ]
+        local = torch.tensor(float(sum(row.num_trained_tokens for row in rows)), device=self.device)
+        tokens = sum_over_ranks(local).clamp(min=1)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        scale = loss_scale(self.trainer.strategy, self.trainer.world_size)
+        total = torch.zeros((), device=self.device)
+        for row in rows:
+            packed = row.packed
+            inputs = (packed.token_ids_T, packed.position_ids_T, packed.cu_seqlens, packed.max_seqlen)
+            with torch.no_grad():
+                teacher_hidden_TD = self.teacher(*inputs).hidden_TD
+            output = self.run_model(packed)
+            result = distillation_loss(
+                output.hidden_TD,
+                self.model.lm_head_weight,
+                teacher_hidden_TD,
+                self.teacher.lm_head_weight,
+                packed.target_ids_T,
+                row.mask_T,
+                num_tokens_total=tokens,
+                jsd_beta=self.jsd_beta,
+                temperature=self.sampling.temperature,
+                valid_vocab=self.valid_vocab,
+            )
+            loss = result.loss
+            if output.routing is not None:
+                loss = loss + self.balance.loss(output.routing) / len(rows)
+            self.manual_backward(loss * scale)
+            total = total + result.divergence_sum
+        self.clip_gradients_and_log(optimizer)
+        optimizer.step()
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        self.balance.after_optimizer_step(self.model)
+        self.log("train/divergence", sum_over_ranks(total) / tokens, prog_bar=True)
+        self.log("rollout/completion_tokens", sum(len(r.completion_ids) for r in rollouts) / len(rollouts))
+        self.samples = [
+            {
+                "step": self.global_step,
+                "task": r.problem.get("task", ""),
+                "mode": r.mode,
+                "prompt": r.problem["messages"][-1]["content"],
+                "completion": r.text,
+                "reference": r.problem.get("answer"),
+            }
+            for r in rollouts[:4]
+        ]
+
+    def report_metrics(self, before: dict[str, float], after: dict[str, float], seconds: float) -> dict[str, float]:
+        """Off-policy: the figures after. On-policy: before and after, and seconds for each point of accuracy."""
+        if self.automatic_optimization:
+            return after
+        figures = {f"{k}_before": v for k, v in before.items()} | {f"{k}_after": v for k, v in after.items()}
+        return figures | seconds_per_point(before, after, seconds)
+
+    def phase_state(self) -> dict[str, Any]:
+        """Engine stream and group counter."""
+        return super().phase_state() | {"groups_sampled": self._groups_sampled}
+
+    def load_phase_state(self, state: dict[str, Any]) -> None:
+        """Restore ``phase_state``."""
+        super().load_phase_state(state)
+        self._groups_sampled = state["groups_sampled"]

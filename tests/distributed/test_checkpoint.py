@@ -1,0 +1,136 @@
+"""A folder under its final name is complete, whatever dies when; the copy is taken before training goes on."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from qwen3_lit.distributed import checkpoint
+from qwen3_lit.distributed.checkpoint import CheckpointWriter, commit, is_complete, load_rest, recover, require_complete
+from qwen3_lit.errors import UserError
+
+
+def load(folder: Path) -> torch.Tensor:
+    state = {"weight": torch.zeros(4)}
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    return state["weight"]
+
+
+def slow_save(gate: threading.Event):
+    original = dcp.save
+
+    def save(*args, **kwargs):
+        assert gate.wait(30)
+        return original(*args, **kwargs)
+
+    return mock.patch.object(checkpoint.dcp, "save", save)
+
+
+def test_background_save_keeps_the_values_of_the_call_and_appears_when_complete(tmp_path: Path) -> None:
+    folder, gate = tmp_path / "step=1.ckpt", threading.Event()
+    writer, weight, rest = CheckpointWriter(), torch.ones(4), {"data": [torch.zeros(2)], "step": 1}
+    with slow_save(gate):
+        writer.save({"weight": weight}, rest, folder)
+        weight.fill_(9.0)
+        rest["data"][0].fill_(9.0)
+        rest["step"] = 2
+        assert not folder.exists()
+        gate.set()
+        writer.close()
+    assert is_complete(folder) and os.listdir(tmp_path) == [folder.name]
+    torch.testing.assert_close(load(folder), torch.ones(4))
+    loaded = load_rest(folder, 0, 1)
+    assert loaded["step"] == 1 and loaded["saved_world_size"] == 1
+    torch.testing.assert_close(loaded["data"][0], torch.zeros(2))
+
+
+def test_overwrites_and_never_removes_the_last_complete_one(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    writer, gate = CheckpointWriter(), threading.Event()
+    writer.save({"weight": torch.ones(4)}, {}, first)
+    writer.wait()
+    with slow_save(gate):
+        writer.save({"weight": torch.full((4,), 2.0)}, {}, second)
+        writer.remove(first)
+        assert is_complete(first), "the old one has to outlive the save under way"
+        gate.set()
+        writer.wait()
+    assert is_complete(second) and not first.exists()
+    writer.save({"weight": torch.full((4,), 3.0)}, {}, second)
+    writer.close()
+    torch.testing.assert_close(load(second), torch.full((4,), 3.0))
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_a_failed_save_is_reported_and_leaves_the_old_one(tmp_path: Path) -> None:
+    folder, writer = tmp_path / "last.ckpt", CheckpointWriter()
+    writer.save({"weight": torch.ones(4)}, {}, folder)
+    writer.wait()
+    with mock.patch.object(checkpoint.dcp, "save", side_effect=OSError(28, "No space left on device")):
+        writer.save({"weight": torch.zeros(4)}, {}, folder)
+        with pytest.raises(OSError, match="No space"):
+            writer.wait()
+    torch.testing.assert_close(load(folder), torch.ones(4))
+    writer.save({"weight": torch.zeros(4)}, {}, folder)
+    writer.close()
+    torch.testing.assert_close(load(folder), torch.zeros(4))
+
+
+KILLED = """
+import os, sys, torch
+from pathlib import Path
+from qwen3_lit.distributed import checkpoint
+writer = checkpoint.CheckpointWriter(asynchronous=False)
+folder = Path(sys.argv[1])
+writer.save({"weight": torch.ones(4)}, {}, folder)
+setattr(checkpoint, sys.argv[2], lambda *a, **k: os._exit(9)) if hasattr(checkpoint, sys.argv[2]) else None
+if sys.argv[2] == "second rename":
+    calls, replace = [], os.replace
+    def dying(a, b):
+        calls.append(a)
+        if len(calls) == 2: os._exit(9)
+        replace(a, b)
+    import torch.distributed.checkpoint as dcp
+    commit = checkpoint.commit
+    def armed(*a):
+        os.replace = dying
+        commit(*a)
+    checkpoint.commit = armed
+writer.save({"weight": torch.zeros(4)}, {}, folder)
+"""
+
+
+@pytest.mark.parametrize("where", ["_save_file", "commit", "second rename"])
+def test_a_kill_at_any_point_leaves_a_complete_checkpoint(tmp_path: Path, where: str) -> None:
+    folder = tmp_path / "last.ckpt"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), where], capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
+    recover(folder)
+    assert is_complete(folder)
+    torch.testing.assert_close(load(folder), torch.ones(4))
+    writer = CheckpointWriter(asynchronous=False)
+    writer.save({"weight": torch.full((4,), 5.0)}, {}, folder)
+    torch.testing.assert_close(load(folder), torch.full((4,), 5.0))
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_incomplete_folders_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such checkpoint"):
+        require_complete(tmp_path / "missing")
+    (tmp_path / "half").mkdir()
+    with pytest.raises(UserError, match=".metadata is missing"):
+        require_complete(tmp_path / "half")
+
+
+def test_commit_replaces_a_link(tmp_path: Path) -> None:
+    new, link = tmp_path / "new", tmp_path / "last.ckpt"
+    new.mkdir()
+    link.symlink_to(tmp_path / "elsewhere")
+    commit(new, link)
+    assert link.is_dir() and not link.is_symlink()

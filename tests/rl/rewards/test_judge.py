@@ -1,0 +1,96 @@
+"""The judge is asked with all three texts, its verdicts are read, and a judge that fails costs default rewards only."""
+
+import json
+import math
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from qwen3_lit.errors import UserError
+from qwen3_lit.rl.rewards.judge import JudgeReward, parse_score
+from qwen3_lit.rl.rewards.reward import RewardInput
+from qwen3_lit.rl.rewards.workers import RewardPool
+
+
+def item(text: str, reference: str = "a fox") -> RewardInput:
+    return RewardInput([{"role": "user", "content": "Who {ran}?"}], text, None, text, {"answer": reference})
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Score: 7", 0.7),
+        ("Score: 2 ... final Score: **10**", 1.0),
+        ("score 0", 0.0),
+        ("ten", None),
+        ("Score: 99", None),
+    ],
+)
+def test_parse_score(text: str, score: float | None) -> None:
+    assert parse_score(text, 10.0) == score
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[dict]]]:
+    asked: list[dict] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
+            text = body["messages"][0]["content"]
+            if "broken" in text:
+                self.send_error(500)
+                return
+            verdict = "Score: 9" if "A fox ran" in text else "I would rather not say."
+            reply = json.dumps({"choices": [{"message": {"content": verdict}}]}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_port}/v1", asked
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+def test_a_server_judges(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, asked = server
+    monkeypatch.setenv("JUDGE_KEY", "k1")
+    reward = JudgeReward(base_url=url, model="m", api_key_env="JUDGE_KEY", retries=1)
+    with RewardPool([reward], default_reward=0.5) as pool:
+        scores = pool.score([item("A fox ran."), item("broken"), item("A cat."), item("A fox ran.", reference="")])
+    assert [score["judge"] for score in scores] == [0.9, 0.5, 0.5, None]
+    assert pool.metrics["errors"] == 2
+    assert len(asked) == 4, "one retry for the broken one"
+    first = next(entry for entry in asked if "A fox ran" in entry["messages"][0]["content"])
+    assert (first["path"], first["key"], first["model"]) == ("/v1/chat/completions", "Bearer k1", "m")
+    for text in ("Who {ran}?", "a fox", "A fox ran."):
+        assert text in first["messages"][0]["content"]
+
+
+def test_an_engine_judges(tokenizer, scripted) -> None:
+    engine = scripted(lambda prompt, sample: ["It says the same.\nScore: 8"] if prompt == 0 else ["Hm"])
+    reward = JudgeReward()
+    reward.bind(engine, tokenizer)
+    first, second = reward.score_batch([item("A fox ran."), item("{reference}")])
+    assert first == 0.8 and second is not None and math.isnan(second)
+    # A response cannot smuggle the reference in by naming a field.
+    assert "[Response]\n{reference}" in tokenizer.decode(engine.prompts[1])
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(UserError, match="both set"):
+        JudgeReward(path="x", base_url="y")
+    with pytest.raises(UserError, match="{reference}"):
+        JudgeReward(instruction="{question} {response}")
+    with pytest.raises(UserError, match="no judge"):
+        JudgeReward().score_batch([item("x")])
