@@ -6,13 +6,14 @@ What a query may see is not this module's business: it hands q, k and v to an ``
 documents (``PackedAttention``); generation brings contexts that read and write a cache.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from qwen3_kernels import dual_chunk_attention, qk_norm_rope
 from torch import Tensor, nn
 
-from qwen3_kernels import dual_chunk_attention, qk_norm_rope
 from qwen3_lit.model.config import DualChunkConfig, ModelConfig
 from qwen3_lit.model.rope import rope_frequencies
 
@@ -40,6 +41,14 @@ class Rotary(nn.Module):
     def reset_parameters(self) -> None:
         """Fill the buffer again after the module was made on the meta device."""
         self.inv_freq_R.copy_(rope_frequencies(self.config)[0])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
+        super()._apply(fn, recurse)
+        # A cast of the whole model must not reach the frequencies: in bf16 the angle at position 32,768 is off by tens
+        # of radians.
+        if self.inv_freq_R.dtype != torch.float32 and not self.inv_freq_R.is_meta:
+            self.inv_freq_R = rope_frequencies(self.config)[0].to(self.inv_freq_R.device)
+        return self
 
     def rotary_position(self, position_ids_T: Tensor) -> Tensor:
         """The positions that q and k are rotated by: with dual chunks, the position inside the chunk."""
@@ -87,7 +96,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim, self.eps = layer, config.head_dim, config.rms_norm_eps
-        width_q, width_kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+        width_q = config.num_attention_heads * config.head_dim
+        width_kv = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width_q, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, width_kv, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, width_kv, bias=False)
@@ -97,9 +107,8 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, rotary_position_T: Tensor, rope: Rotary, attention: AttentionContext) -> Tensor:
         """Mix tokens: [T, D] -> [T, D]."""
-        q_THC, k_TGC, v_TGC = (
-            projection(x_TD).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q_THC, k_TGC, v_TGC = (project(x_TD).unflatten(-1, (-1, self.head_dim)) for project in projections)
         q_THC, k_TGC = qk_norm_rope(
             q_THC,
             k_TGC,

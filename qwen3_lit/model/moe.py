@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from qwen3_kernels import Routing, grouped_experts, router_topk
 from torch import Tensor, nn
 
-from qwen3_kernels import Routing, grouped_experts, router_topk
 from qwen3_lit.model.config import ModelConfig
 
 

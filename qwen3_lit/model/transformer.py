@@ -9,10 +9,10 @@ the normed hidden states: the head is applied inside the losses, chunk by chunk.
 from dataclasses import dataclass
 
 import torch
+from qwen3_kernels import Routing
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qwen3_kernels import Routing
 from qwen3_lit.model.attention import Attention, AttentionContext, PackedAttention, Rotary
 from qwen3_lit.model.config import ModelConfig
 from qwen3_lit.model.init import init_weights

@@ -6,7 +6,7 @@ target tokens do not weigh like full ones.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from qwen3_lit.losses.load_balance import AuxFreeBias, BalanceStrategy, Combined
 from qwen3_lit.losses.reduction import sum_over_ranks
 from qwen3_lit.losses.router_metrics import router_metrics
 from qwen3_lit.model.config import POSITION_FIELDS, ModelConfig, dimension_mismatches
-from qwen3_lit.model.cost import flops_per_token
+from qwen3_lit.model.cost import training_flops
 from qwen3_lit.model.hf_checkpoint import load_hf, read_hf_config, save_hf
 from qwen3_lit.model.moe import MoE
 from qwen3_lit.model.transformer import ModelOutput, Qwen3
@@ -183,9 +183,8 @@ class PhaseModule(L.LightningModule):
             **options,
         )
         if self.training:
-            mean_length = batch.num_tokens / max(1, batch.num_documents)
             self.counters.tokens += batch.num_tokens
-            self.counters.flops += batch.num_tokens * flops_per_token(self.config, mean_length)
+            self.counters.flops += training_flops(self.config, [b - a for a, b in batch.document_spans()])
             if output.routing is not None:
                 counts_LE = output.routing.counts_LE.detach()
                 self.expert_load_LE = counts_LE if self.expert_load_LE is None else self.expert_load_LE + counts_LE
@@ -282,7 +281,8 @@ class PhaseModule(L.LightningModule):
         checkpoint["phase"] = {
             "balance": self.balance.state_dict(),
             "step_target_tokens": (self._step_target_tokens, self._micro_steps),
-            "counters": vars(self.counters),
+            "counters": vars(self.counters).copy(),
+            "config": asdict(self.config),
             "rng": collect_rng_state(),
             **self.phase_state(),
         }

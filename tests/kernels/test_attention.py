@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from qwen3_kernels import dual_chunk_attention, paged_attention, qk_norm_rope
+from qwen3_kernels import dispatch, dual_chunk_attention, paged_attention, qk_norm_rope
 from qwen3_kernels.reference import rotate
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
@@ -90,8 +90,9 @@ def test_dual_chunks_equal_dense_with_exact_gradients(length, chunk_size, local_
         assert torch.equal(out, plain)
 
 
+@pytest.mark.parametrize("implementation", dispatch.implementations("paged_attention"))
 @pytest.mark.parametrize("chunks", [None, (8, 3)])
-def test_paged_decode_equals_the_last_row_of_packed_attention(chunks):
+def test_paged_decode_equals_the_last_row_of_packed_attention(chunks, implementation):
     page, lengths = 4, [1, 9, 13, 0]
     options = {} if chunks is None else {"chunk_size": chunks[0], "local_size": chunks[1]}
     s = 10**9 if chunks is None else chunks[0] - chunks[1]
@@ -114,7 +115,8 @@ def test_paged_decode_equals_the_last_row_of_packed_attention(chunks):
             for cache, x in zip(pages, (k, v), strict=True):
                 cache[free[0], : min(page, n - start)] = x[start : start + page]
             free.pop(0)
-    out = paged_attention(torch.cat(queries), *pages, table, torch.tensor(lengths), inv_freq_R=INV_FREQ, **options)
+    with dispatch.prefer("paged_attention", implementation):
+        out = paged_attention(torch.cat(queries), *pages, table, torch.tensor(lengths), inv_freq_R=INV_FREQ, **options)
     torch.testing.assert_close(out, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 

@@ -1,0 +1,49 @@
+"""Fixed seeds, few threads and poisoned memory for every test."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Every test draws the same numbers, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``torch.empty`` and its relatives return NaN (floats) or a huge number (integers): unwritten memory shows.
+
+    Kernels that allocate outputs this way must write every element.
+    """
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype.is_floating_point:
+            return tensor.fill_(float("nan"))
+        if tensor.dtype in (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8):
+            return tensor.fill_(torch.iinfo(tensor.dtype).max)
+        return tensor
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, _original=original, **kwargs: poison(_original(*args, **kwargs)))
+    yield

@@ -1,0 +1,94 @@
+import random
+
+import pytest
+import reasoning_gym
+
+from qwen3_lit.curation.synthesis import SynthesisRequest, synthesize
+from qwen3_lit.curation.worked_steps import WORKED_STEPS, solve
+from qwen3_lit.curation.worked_steps_arithmetic import (
+    addition_lines,
+    drill_line,
+    multiplication_lines,
+    subtraction_lines,
+)
+from qwen3_lit.errors import UserError
+
+
+def evaluate_line(line: str) -> bool:
+    """Whether every equation of a column line is true."""
+    parts = line.split(" ")[0].split("=")
+    if len(parts) == 2:  # 7+8+0=5 c1 or 7-8-0=9 b1
+        written, out = int(parts[1]), int(line.split(" ")[1][1:])
+        return eval(parts[0].replace("00", "0")) == written + (10 * out if " c" in line else -10 * out)
+    first, second, total = parts  # 4*8=32+5=37
+    product, carry = second.split("+")
+    return eval(first) == int(product) and int(product) + int(carry) == int(total)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_column_is_true_and_the_result_is_right(seed: int) -> None:
+    rng = random.Random(seed)
+    left, right = rng.randint(0, 10 ** rng.randint(1, 6)), rng.randint(0, 10 ** rng.randint(1, 6))
+    for lines, result, expected in (
+        (*addition_lines(left, right), left + right),
+        (*subtraction_lines(left, right), left - right),
+        (*multiplication_lines(left, right), left * right),
+    ):
+        assert result == expected and lines[-1] == str(expected)
+        columns = [line for line in lines if "=" in line and ("c" in line or "b" in line or line.count("=") == 2)]
+        columns = [line for line in columns if "," not in line and "swap" not in line]
+        assert columns and all(evaluate_line(line) for line in columns)
+
+
+@pytest.mark.parametrize("task", ["chain_sum", "products"])
+def test_drills_are_true_and_cover_the_table(task: str) -> None:
+    rng = random.Random(0)
+    lines = [drill_line(task, rng) for _ in range(2000)]
+    assert all(evaluate_line(line) for line in lines)
+    assert len({line[:3] for line in lines}) >= 100
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("chain_sum", {"max_terms": 6, "max_digits": 5, "allow_negation": True}),
+        ("products", {"max_terms": 4, "max_digits": 4, "allow_negation": True}),
+        ("gcd", {"max_numbers": 4}),
+        ("number_sorting", {}),
+        ("count_bits", {}),
+        ("letter_counting", {}),
+        ("spell_backward", {}),
+    ],
+)
+def test_solutions_pass_the_tasks_own_scorer(task: str, options: dict) -> None:
+    dataset = reasoning_gym.create_dataset(task, seed=3, size=60, **options)
+    for entry in dataset:
+        solution = solve(task, entry)
+        assert dataset.score_answer(solution.answer, entry) == 1.0
+        assert solution.thinking.endswith(solution.answer)
+
+
+def test_every_solver_is_covered_above() -> None:
+    assert set(WORKED_STEPS) == {
+        "chain_sum", "products", "gcd", "number_sorting", "count_bits", "letter_counting", "spell_backward"
+    }  # fmt: skip
+
+
+def test_small_chains_stay_short() -> None:
+    request = SynthesisRequest(
+        count=300,
+        tasks=("chain_sum", "products"),
+        options={"chain_sum.max_terms": 2, "chain_sum.max_digits": 2, "products.digits": "2x1", "unique": False},
+    )
+    for record in synthesize("problems", request):
+        entry = {"question": "", "answer": record["answer"], "metadata": record["metadata"]}
+        # Digits, operators and line ends are one token each, so characters bound the tokens.
+        assert len(solve(record["task"], entry).thinking) <= 60
+
+
+def test_disagreement_with_the_entry_is_an_error() -> None:
+    entry = {"question": "1 + 1", "answer": "3", "metadata": {"expression": "1 + 1"}}
+    with pytest.raises(ValueError, match="end in '2'"):
+        solve("chain_sum", entry)
+    with pytest.raises(UserError, match="no worked steps"):
+        solve("sudoku", entry)
