@@ -72,7 +72,7 @@ def choose(op: str, tensor: Tensor, name: str = "auto") -> Callable[..., Any]:
         if reason is not None:
             raise ValueError(f"{op}: implementation {wanted!r} was asked for, but {reason}")
         return candidates[wanted].function
-    skipped = []
+    skipped: list[str] = []
     for candidate, implementation in candidates.items():
         reason = implementation.unfit(tensor)
         if reason is None:

@@ -132,9 +132,8 @@ def dual_chunk_attention(
         out_THC = out_THC.index_put((rows_BL[valid_BL],), out_BLHC[valid_BL])
     for a, b in documents:
         if b - a > chunk_len:
-            out = _dual_chunks(
-                q_THC[a:b], k_TGC[a:b], v_TGC[a:b], inv_freq_R, chunk_size, chunk_len, softmax_scale
-            )
+            assert inv_freq_R is not None and chunk_size is not None  # else no document is longer than a chunk
+            out = _dual_chunks(q_THC[a:b], k_TGC[a:b], v_TGC[a:b], inv_freq_R, chunk_size, chunk_len, softmax_scale)
             out_THC = out_THC.index_put((torch.arange(a, b, device=q_THC.device),), out)
     return out_THC
 
@@ -219,7 +218,8 @@ def paged_attention(
 
     scores_BGRJ = scores(q_BHC)
     if chunk_size is not None:
-        chunk_len = chunk_size - local_size  # type: ignore[operator]
+        assert inv_freq_R is not None and local_size is not None
+        chunk_len = chunk_size - local_size
         query_B = (context_lens_B - 1).clamp(min=0)
         local_B = query_B % chunk_len
         distance_BJ = (query_B // chunk_len)[:, None] - position_J // chunk_len

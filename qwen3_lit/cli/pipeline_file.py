@@ -2,8 +2,8 @@
 
 A file holds ``run_dir``, optional ``vars`` and ``steps``. A step is ``{name, command: [data, prepare, ...]}`` or
 ``{name, recipe, overlays, set}``; ``outputs`` names what a command writes, so that a changed step starts clean.
-``${run_dir}`` and ``${name_of_a_variable}`` are replaced in every text; a variable that is a list adds all its words to a
-command.
+``${run_dir}`` and ``${name_of_a_variable}`` are replaced in every text; a variable that is a list adds all its words to
+a command.
 """
 
 import hashlib

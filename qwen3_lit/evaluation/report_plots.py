@@ -123,7 +123,7 @@ def _accuracies(table: StageTable) -> list[tuple[str, dict[str, float]]]:
 
 
 def _draw_accuracies(axes: Axes, bars: Sequence[tuple[str, dict[str, float]]]) -> None:
-    _tidy(axes, "accuracy on held-out problems after each phase")
+    _tidy(axes, "accuracy on the held-out problems of each phase, after it")
     colors = {"own mode": "#7a8794", "thinking": ACCENT, "not thinking": SECOND}
     shown: set[str] = set()
     for place, (_, values) in enumerate(bars):

@@ -30,6 +30,8 @@ from qwen3_lit.rl.rollout import collect, to_packed
 class DistillModule(ColdStartSFTModule):
     """A student that learns from teacher outputs, then from the teacher's probabilities on its own outputs."""
 
+    _teacher: Qwen3 | None
+
     def __init__(
         self,
         on_policy: bool = False,
@@ -74,6 +76,7 @@ class DistillModule(ColdStartSFTModule):
                     f"{self.valid_vocab} tokens; teacher and student must share the tokenizer"
                 )
             self.__dict__["_teacher"] = teacher
+            return teacher
         return self._teacher
 
     def training_step(self, batch: PackedBatch | PromptBatch, batch_idx: int) -> Tensor | None:  # type: ignore[override]
@@ -110,8 +113,7 @@ class DistillModule(ColdStartSFTModule):
         ]
         local = torch.tensor(float(sum(row.num_trained_tokens for row in rows)), device=self.device)
         tokens = sum_over_ranks(local).clamp(min=1)
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
+        optimizer = self.begin_optimizer_step()
         scale = loss_scale(self.trainer.strategy, self.trainer.world_size)
         total = torch.zeros((), device=self.device)
         for row in rows:
@@ -137,10 +139,7 @@ class DistillModule(ColdStartSFTModule):
                 loss = loss + self.balance.loss(output.routing) / len(rows)
             self.manual_backward(loss * scale)
             total = total + result.divergence_sum
-        self.clip_gradients_and_log(optimizer)
-        optimizer.step()
-        self.lr_schedulers().step()  # type: ignore[union-attr]
-        self.balance.after_optimizer_step(self.model)
+        self.end_optimizer_step(optimizer)
         self.log("train/divergence", sum_over_ranks(total) / tokens, prog_bar=True)
         self.log("rollout/completion_tokens", sum(len(r.completion_ids) for r in rollouts) / len(rollouts))
         self.samples = [

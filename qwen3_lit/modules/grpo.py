@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 class GRPOModule(PolicyModule):
     """Reinforcement learning from verifiable and model-based rewards."""
 
+    reference: Qwen3 | None
+
     def __init__(
         self,
         sampling: SamplingParams | None = None,
@@ -150,8 +152,7 @@ class GRPOModule(PolicyModule):
             device=self.device,
         )
         tokens, sequences = sum_over_ranks(counts).clamp(min=1).tolist()
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
+        optimizer = self.begin_optimizer_step()
         scale = loss_scale(self.trainer.strategy, self.trainer.world_size)
         metrics: dict[str, Tensor] = {}
         for index, (row, old_T) in enumerate(zip(rows, old_rows, strict=True)):
@@ -187,10 +188,7 @@ class GRPOModule(PolicyModule):
             for name, value in result.metrics.items():
                 summed = metrics.get(name, torch.zeros_like(value))
                 metrics[name] = torch.maximum(summed, value) if name.endswith("_max") else summed + value
-        self.clip_gradients_and_log(optimizer)
-        optimizer.step()
-        self.lr_schedulers().step()  # type: ignore[union-attr]
-        self.balance.after_optimizer_step(self.model)
+        self.end_optimizer_step(optimizer)
         metrics = {k: v if k.endswith("_max") else sum_over_ranks(v) for k, v in metrics.items()}
         if "entropy" in metrics:
             self.policy_loss.entropy_bonus.update(metrics["entropy"].item())
@@ -246,6 +244,7 @@ class GRPOModule(PolicyModule):
             if self.init_from is None:
                 raise UserError("policy_loss.beta > 0 needs init_from: the reference is the model a phase starts from")
             self.__dict__["reference"] = load_hf(self.init_from).to(self.device).eval().requires_grad_(False)
+        assert self.reference is not None
         return self._score(row, self.reference)[0]
 
     # ---- what is shown

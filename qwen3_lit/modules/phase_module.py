@@ -12,6 +12,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from qwen3_lit.data.batch import PackedBatch
@@ -136,7 +138,7 @@ class PhaseModule(L.LightningModule):
         parts = self.balance.parts if isinstance(self.balance, CombinedBalance) else [self.balance]
         return any(isinstance(part, AuxFreeBias) for part in parts)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over all trainable parameters and a scheduler stepped with it."""
         optimizer = build_optimizer(self, self.optimizer_config)
         total_steps = self.schedule_steps()
@@ -227,6 +229,24 @@ class PhaseModule(L.LightningModule):
         metrics = router_metrics(routing.counts_LE, routing.prob_sum_LE, routing.z_sum_L, routing.num_tokens)
         self.log_dict({f"router/{name}": value for name, value in metrics.items()})
 
+    # ---- manual optimization
+
+    def begin_optimizer_step(self) -> LightningOptimizer:
+        """The optimizer, gradients cleared."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        optimizer.zero_grad()
+        return optimizer
+
+    def end_optimizer_step(self, optimizer: LightningOptimizer) -> None:
+        """Clip, step, move the learning rate on, and let the balance strategy forget the step."""
+        self.clip_gradients_and_log(optimizer)
+        optimizer.step()
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+        scheduler.step()
+        self.balance.after_optimizer_step(self.model)
+
     # ---- hooks of automatic optimization
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -249,13 +269,12 @@ class PhaseModule(L.LightningModule):
         """Clip by the global norm that OptimizerConfig names, and log it."""
         self.clip_gradients_and_log(optimizer)
 
-    def clip_gradients_and_log(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Norm over all parameters and meshes before clipping."""
+    def clip_gradients_and_log(self, optimizer: torch.optim.Optimizer | LightningOptimizer) -> None:
+        """Clip by the norm over all parameters and meshes; the norm before clipping is logged."""
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         norm = clip_gradients(parameters, self.optimizer_config.grad_clip_norm)
         self.log("train/grad_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
-        return norm
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Balance strategies forget the finished optimizer step."""

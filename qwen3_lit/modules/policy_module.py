@@ -133,10 +133,11 @@ class PolicyModule(PhaseModule):
         problems: list[dict[str, Any]] = []
         for path in config.problems:
             problems += list(read_records(path, "problem"))[: config.limit]
-        results = {}
+        results: dict[str, EvaluationResult] = {}
+        modes: list[Literal["think", "no_think"] | None] = [*config.modes] or [None]
         state = self.engine.state_dict()  # evaluation must not move the random stream of training
         with self.generating() as engine:
-            for mode in config.modes or [None]:
+            for mode in modes:
                 results[mode or "own"] = evaluate_problems(
                     engine,
                     self.tokenizer,

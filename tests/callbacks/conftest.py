@@ -44,7 +44,9 @@ class TinyPhase(PhaseModule):
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> torch.Tensor:
         loss = self.language_model_step(batch)
-        self.samples = [{"task": "rising", "prompt": "1 2", "completion": f"3 | 4\n<b>{self.global_step}", "reward": 0.5}]
+        self.samples = [
+            {"task": "rising", "prompt": "1 2", "completion": f"3 | 4\n<b>{self.global_step}", "reward": 0.5}
+        ]
         self.step_losses.append(loss.item())
         return loss
 
@@ -121,7 +123,9 @@ def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
 
 
 @pytest.fixture
-def fit(make_trainer: Callable[..., L.Trainer], make_phase: Callable[..., TinyPhase], tiny_data: Callable[[], TinyData]):  # type: ignore[no-untyped-def]
+def fit(
+    make_trainer: Callable[..., L.Trainer], make_phase: Callable[..., TinyPhase], tiny_data: Callable[[], TinyData]
+):  # type: ignore[no-untyped-def]
     """Train a fresh phase, from the newest checkpoint of the folder where there is one; gives module and trainer."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 

@@ -19,7 +19,8 @@ def test_yarn_equals_the_published_figures_of_qwen3():
 
 
 def test_a_cast_of_the_model_leaves_the_frequencies_in_float32():
-    config = ModelConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, num_experts=0)
+    config = ModelConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    config.num_experts = 0
     model = Qwen3(config).bfloat16()
     assert model.norm.weight.dtype == torch.bfloat16
     assert torch.equal(model.rope.inv_freq_R, rope_frequencies(config)[0])
