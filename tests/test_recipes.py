@@ -50,7 +50,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     library = Path(os.__file__).parent
     for name in ("argparse", "tarfile", "typing", "inspect"):
         (root / "text" / f"{name}.py").write_bytes((library / f"{name}.py").read_bytes())
-    _run("data", "tokenizer", made / "text", "--out", made / "tokenizer", "--vocab-size", "2048")
+    _run("data", "tokenizer", made / "text", "--out", made / "tokenizer", "--vocab-size", "384")
     _run(
         *("data", "prepare", made / "text", "--tokenizer", made / "tokenizer", "--out", made / "corpus"),
         *("--max-tokens", "2048", "--held-out-fraction", "0.2", "--workers", "1"),

@@ -7,6 +7,8 @@ into preallocated buffers. It keeps neither the gathered inputs nor the down pro
 h = SwiGLU(x W_gu) and y = h W_d, the weight's gradient <dO, y> equals <dO W_d, h> (SonicMoE, arXiv 2512.14080).
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,75 +33,71 @@ def grouped_experts(x_TD: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, ro
     return function(x_TD, w_gate_up_E2FD, w_down_EDF, routing.weights_TK, routing.order_N, routing.counts_E)
 
 
-def _rows_of_experts(counts_E: Tensor) -> list[tuple[int, int, int]]:
-    """(expert, first row, end row) of every expert that has rows."""
-    spans, start = [], 0
-    for expert, count in enumerate(counts_E.tolist()):
+def _products(left: Iterable[Tensor], right: Iterable[Tensor], out: Iterable[Tensor], counts: list[int]) -> None:
+    """One matrix product for every expert that has rows, each into its own place."""
+    for left_e, right_e, out_e, count in zip(left, right, out, counts, strict=True):
         if count:
-            spans.append((expert, start, start + count))
-        start += count
-    return spans
+            torch.mm(left_e, right_e, out=out_e)
 
 
 class ExpertLoop(torch.autograd.Function):
-    """One matrix product an expert, for devices without a grouped one."""
+    """One matrix product an expert, for devices without a grouped one.
+
+    Views are cut by ``split`` and ``unbind``, once for all experts: slicing one by one cost as much as the products.
+    """
 
     @staticmethod
     def forward(ctx, x_TD, w_gate_up_E2FD, w_down_EDF, weights_TK, order_N, counts_E):
         num_tokens, top_k = weights_TK.shape
-        spans = _rows_of_experts(counts_E)
-        rows = spans[-1][2] if spans else 0
+        counts = counts_E.tolist()
+        rows = sum(counts)
         order_N = order_N[:rows]  # masked rows come last and are left out
-        x_ND = x_TD[order_N // top_k]
+        x_ND = x_TD.index_select(0, order_N // top_k)
         gate_up_N2F = x_TD.new_empty(rows, w_gate_up_E2FD.shape[1])
-        for expert, start, end in spans:
-            torch.mm(x_ND[start:end], w_gate_up_E2FD[expert].t(), out=gate_up_N2F[start:end])
+        w_up_by_expert = w_gate_up_E2FD.transpose(1, 2).unbind(0)
+        _products(x_ND.split(counts), w_up_by_expert, gate_up_N2F.split(counts), counts)
         gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
         h_NF = F.silu(gate_NF).mul_(up_NF)
-        del x_ND
-        y_ND = x_TD.new_empty(rows, x_TD.shape[1])
-        for expert, start, end in spans:
-            torch.mm(h_NF[start:end], w_down_EDF[expert].t(), out=y_ND[start:end])
-        weight_N = weights_TK.reshape(-1)[order_N].to(y_ND.dtype)
+        y_ND = x_ND  # the gathered inputs are not needed any more
+        _products(h_NF.split(counts), w_down_EDF.transpose(1, 2).unbind(0), y_ND.split(counts), counts)
+        weight_N = weights_TK.reshape(-1).index_select(0, order_N).to(y_ND.dtype)
         # Back in (token, slot) order the sum over slots is a plain reduction: the same on every run.
         y_TKD = x_TD.new_zeros(num_tokens * top_k, x_TD.shape[1])
-        y_TKD[order_N] = y_ND.mul_(weight_N[:, None])
+        y_TKD.index_copy_(0, order_N, y_ND.mul_(weight_N[:, None]))
         ctx.save_for_backward(x_TD, w_gate_up_E2FD, w_down_EDF, gate_up_N2F, weight_N, order_N)
-        ctx.spans, ctx.top_k, ctx.weights_dtype = spans, top_k, weights_TK.dtype
+        ctx.counts, ctx.top_k, ctx.weights_dtype = counts, top_k, weights_TK.dtype
         return y_TKD.view(num_tokens, top_k, -1).sum(1)
 
     @staticmethod
     def backward(ctx, grad_out_TD):
         x_TD, w_gate_up_E2FD, w_down_EDF, gate_up_N2F, weight_N, order_N = ctx.saved_tensors
+        counts, width = ctx.counts, w_down_EDF.shape[2]
         token_N = order_N // ctx.top_k
         gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
         sigmoid_NF = torch.sigmoid(gate_NF)
         silu_NF = gate_NF * sigmoid_NF
         h_NF = silu_NF * up_NF
-        grad_y_ND = grad_out_TD[token_N]
+        grad_y_ND = grad_out_TD.index_select(0, token_N)
         grad_h_NF = torch.empty_like(h_NF)  # without the routing weight, which enters below
-        for expert, start, end in ctx.spans:
-            torch.mm(grad_y_ND[start:end], w_down_EDF[expert], out=grad_h_NF[start:end])
+        _products(grad_y_ND.split(counts), w_down_EDF.unbind(0), grad_h_NF.split(counts), counts)
         grad_weight_N = (grad_h_NF * h_NF).sum(-1)
         h_NF.mul_(weight_N[:, None])
         grad_h_NF.mul_(weight_N[:, None])
         grad_gate_up_N2F = torch.empty_like(gate_up_N2F)
-        grad_gate_up_N2F[:, : gate_NF.shape[1]] = (
-            grad_h_NF * up_NF * sigmoid_NF * (1 + gate_NF * (1 - sigmoid_NF))
-        )  # d silu(g)/dg = s (1 + g (1 - s))
-        grad_gate_up_N2F[:, gate_NF.shape[1] :] = grad_h_NF * silu_NF
+        # d silu(g)/dg = s (1 + g (1 - s)) = s + silu(g) (1 - s)
+        grad_gate_up_N2F[:, :width] = grad_h_NF * up_NF * (sigmoid_NF + silu_NF * (1 - sigmoid_NF))
+        grad_gate_up_N2F[:, width:] = grad_h_NF * silu_NF
         grad_w_gate_up_E2FD = torch.zeros_like(w_gate_up_E2FD)
         grad_w_down_EDF = torch.zeros_like(w_down_EDF)
-        x_ND = x_TD[token_N]
-        grad_x_ND = torch.empty_like(x_ND)
-        for expert, start, end in ctx.spans:
-            torch.mm(grad_y_ND[start:end].t(), h_NF[start:end], out=grad_w_down_EDF[expert])
-            torch.mm(grad_gate_up_N2F[start:end].t(), x_ND[start:end], out=grad_w_gate_up_E2FD[expert])
-            torch.mm(grad_gate_up_N2F[start:end], w_gate_up_E2FD[expert], out=grad_x_ND[start:end])
+        x_ND = x_TD.index_select(0, token_N)
+        _products(grad_y_ND.t().split(counts, 1), h_NF.split(counts), grad_w_down_EDF.unbind(0), counts)
+        _products(grad_gate_up_N2F.t().split(counts, 1), x_ND.split(counts), grad_w_gate_up_E2FD.unbind(0), counts)
+        grad_x_ND = x_ND  # read for the last time above
+        _products(grad_gate_up_N2F.split(counts), w_gate_up_E2FD.unbind(0), grad_x_ND.split(counts), counts)
         grad_x_TKD = x_TD.new_zeros(x_TD.shape[0] * ctx.top_k, x_TD.shape[1])
-        grad_x_TKD[order_N] = grad_x_ND
+        grad_x_TKD.index_copy_(0, order_N, grad_x_ND)
         grad_weights = torch.zeros(x_TD.shape[0] * ctx.top_k, dtype=ctx.weights_dtype, device=x_TD.device)
-        grad_weights[order_N] = grad_weight_N.to(ctx.weights_dtype)
+        grad_weights.index_copy_(0, order_N, grad_weight_N.to(ctx.weights_dtype))
         return (
             grad_x_TKD.view(x_TD.shape[0], ctx.top_k, -1).sum(1),
             grad_w_gate_up_E2FD,

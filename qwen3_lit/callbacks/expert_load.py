@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from qwen3_lit.callbacks.expert_load_plot import draw_heatmap, pixels
 from qwen3_lit.callbacks.phase_record import is_trial
 from qwen3_lit.data.atomic_files import write_bytes
 from qwen3_lit.errors import UserError
@@ -106,6 +105,8 @@ class ExpertLoad(L.Callback):
         self._alarm()
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if boards and not is_trial(trainer):
+            from qwen3_lit.callbacks.expert_load_plot import draw_heatmap, pixels  # matplotlib costs half a second
+
             image = pixels(draw_heatmap(counts_LE.numpy(), f"steps to {self._steps}"))
             for board in boards:
                 board.experiment.add_image("router/expert_load", image, trainer.global_step, dataformats="HWC")
@@ -143,5 +144,7 @@ class ExpertLoad(L.Callback):
         # The end of a phase is what the next one inherits; the first windows of a run are warm-up.
         recent = counts_WLE[len(counts_WLE) // 2 :].sum(0)
         begin = self._ends[len(counts_WLE) // 2 - 1] if len(counts_WLE) > 1 else 0
+        from qwen3_lit.callbacks.expert_load_plot import draw_heatmap
+
         draw_heatmap(recent, f"steps {begin + 1} to {self._ends[-1]}").savefig(buffer, format="png")
         write_bytes(folder / HEATMAP_FILE, buffer.getvalue())

@@ -75,6 +75,7 @@ class Samples(L.Callback):
             kept = _thinned(read_samples(file), self.max_rows // 2)
             _write(file, kept)
             self._rows = len(kept)
+        file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as stream:
             stream.writelines(_line(row) for row in rows)
         self._rows += len(rows)

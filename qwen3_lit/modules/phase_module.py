@@ -276,9 +276,10 @@ class PhaseModule(L.LightningModule):
         self.log("train/grad_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Balance strategies forget the finished optimizer step."""
-        if self._micro_steps == 0:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Balance strategies forget the finished step here, before any callback can save a checkpoint."""
+        super().optimizer_step(*args, **kwargs)
+        if self.automatic_optimization:
             self.balance.after_optimizer_step(self.model)
 
     # ---- evaluation and hand-over
