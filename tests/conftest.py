@@ -17,11 +17,15 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)
-def fixed_seeds() -> None:
+def fixed_seeds() -> Iterator[None]:
     """Every test draws the same numbers, whatever ran before it."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    yield
+    # Lightning leaves the seed of a run in the environment, where every later child process finds it.
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+DEAD = "#ffd800"
 LIMIT = 2.0
 """Colours end at a quarter and at four times the fair share."""
 
 
 def draw_heatmap(counts_LE: np.ndarray, title: str) -> Figure:
-    """Figure of the loads; an expert that got nothing is black.
+    """Figure of the loads; an expert that got nothing is yellow, which no load is.
 
     Args:
         counts_LE: routed rows of each expert.
@@ -31,7 +32,8 @@ def draw_heatmap(counts_LE: np.ndarray, title: str) -> Figure:
     image = axes.imshow(color_LE, aspect="auto", cmap=colors, norm=Normalize(-LIMIT, LIMIT), interpolation="nearest")
     dead = int((counts_LE == 0).sum())
     busiest = float(share_LE.max())
-    axes.set_title(f"Expert load, {title}: busiest {busiest:.1f} x fair share, {dead} dead", fontsize=10, loc="left")
+    found = f"busiest {busiest:.1f} x fair share, {dead} dead" + (" (yellow)" if dead else "")
+    axes.set_title(f"Expert load, {title}: {found}", fontsize=10, loc="left")
     axes.set_xlabel("expert")
     axes.set_ylabel("MoE layer")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
@@ -48,7 +50,7 @@ def _colors():  # type: ignore[no-untyped-def]
     from matplotlib import colormaps
 
     colors = colormaps["RdBu_r"].copy()
-    colors.set_bad("black")
+    colors.set_bad(DEAD)
     return colors
 
 

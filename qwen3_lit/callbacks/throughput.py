@@ -155,12 +155,19 @@ class Throughput(L.Callback):
         self._steps = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin to count."""
+        """Nothing was counted yet."""
+        self._steps = -1
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin to count at the first batch, behind what other callbacks do when training starts."""
         assert isinstance(pl_module, PhaseModule)
-        if pl_module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pl_module.device)
-        self._meter.start(pl_module.counters)
-        self._steps = 0
+        if self._steps < 0:
+            if pl_module.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(pl_module.device)
+            self._meter.start(pl_module.counters)
+            self._steps = 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

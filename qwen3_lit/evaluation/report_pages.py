@@ -77,15 +77,17 @@ def _stages(table: StageTable) -> Iterator[str]:
     if not by_problems:
         return
     yield from ("## Stage by stage", "")
-    yield "Figures after each phase on the same held-out problems, and the change from the column before."
+    yield "Figures after each phase on the same held-out problems; in brackets the change, where the model is the same."
     for problems, phases in by_problems.items():
         names = list(dict.fromkeys(name for phase in phases for name in phase.record["after"] if "/" not in name))
         yield from ("", f"Problems: {', '.join(problems)}", "")
         yield "| figure | " + " | ".join(phase.name for phase in phases) + " |"
         yield "| --- |" + " ---: |" * len(phases)
         for name in names:
-            cells, last = [], None
+            cells, last, model = [], None, None
             for phase in phases:
+                if phase.record.get("model") != model:  # a student is not to be compared with its teacher
+                    last, model = None, phase.record.get("model")
                 value = phase.record["after"].get(name)
                 cells.append(_cell(name, value, last))
                 last = value if value is not None else last
@@ -98,8 +100,10 @@ def _cell(name: str, value: float | None, before: float | None) -> str:
         return ""
     if before is None:
         return shown(name, value)
-    delta = 100 * (value - before) if is_fraction(name) else value - before
-    return f"{shown(name, value)} ({delta:+.1f})" if is_fraction(name) else f"{shown(name, value)} ({delta:+.2f})"
+    if is_fraction(name):
+        return f"{shown(name, value)} ({100 * (value - before):+.1f})"
+    digits = 0 if name.startswith("completion_tokens") else 2
+    return f"{shown(name, value)} ({value - before:+.{digits}f})"
 
 
 def _phase(phase: Phase, table: StageTable, curves: Mapping[str, Curve], level: int = 2) -> Iterator[str]:

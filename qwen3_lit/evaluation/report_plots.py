@@ -24,7 +24,7 @@ PANELS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("train/accuracy",), "pairs ranked right"),
     (("policy/entropy",), "entropy"),
     (("rollout/completion_tokens/mean", "rollout/completion_tokens"), "tokens a completion"),
-    (("router/max_violation",), "router: busiest expert over its share"),
+    (("router/max_violation",), "router: excess load of the busiest expert"),
     (("train/grad_norm",), "gradient norm"),
 )
 """Figures that are worth a panel, the most telling first; each under the names it may have."""
@@ -133,7 +133,7 @@ def _draw_accuracies(axes: Axes, bars: Sequence[tuple[str, dict[str, float]]]) -
             axes.bar(x, value, width * 0.92, color=colors[label], label=None if label in shown else label)
             axes.text(x, value + 0.012, f"{100 * value:.0f}", ha="center", fontsize=7.5, color=INK)
             shown.add(label)
-    axes.set_xticks(range(len(bars)), [name.replace("_", "\n", 1).replace("_", " ") for name, _ in bars], fontsize=7.5)
+    axes.set_xticks(range(len(bars)), [name.replace("_", "\n") for name, _ in bars], fontsize=7)
     axes.set_ylim(0, 1.08)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=len(shown))

@@ -5,11 +5,12 @@ from typing import Any
 
 FRACTIONS = ("accuracy", "think_follow", "truncated", "kept_fraction", "pair_accuracy", "rl_accuracy")
 """Figures shown in per cent; their changes are percentage points."""
+MODES = {"_no_think": ", not thinking", "_think": ", thinking"}
+DETAILS = ("completion_tokens", "truncated")
+"""Figures that explain others: they are in the tables, not in the verdicts."""
 TITLES = {
     "held_out_loss": "held-out loss",
     "accuracy": "accuracy",
-    "accuracy_think": "accuracy, thinking",
-    "accuracy_no_think": "accuracy, not thinking",
     "reward": "reward",
     "think_follow": "mode flag obeyed",
     "pair_accuracy": "pairs ranked right",
@@ -32,13 +33,17 @@ def shown(name: str, value: Any) -> str:
         return ", ".join(f"{key} {item}" for key, item in value.items())
     if is_fraction(name):
         return f"{100 * value:.1f} %"
+    if name.startswith("completion_tokens"):
+        return f"{value:,.0f}"
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def title(name: str) -> str:
     """A figure's name in words."""
     base, slash, task = name.partition("/")
-    return TITLES.get(base, base.replace("_", " ")) + (f" ({task})" if slash else "")
+    ending = next((ending for ending in MODES if base.endswith(ending) and base != ending[1:]), "")
+    base = base.removesuffix(ending)
+    return TITLES.get(base, base.replace("_", " ")) + MODES.get(ending, "") + (f" ({task})" if slash else "")
 
 
 def change(name: str, before: float, after: float) -> str:
@@ -62,6 +67,17 @@ def verdicts(metrics: Mapping[str, Any]) -> list[str]:
     return list(_verdicts({name: value for name, value in metrics.items() if "/" not in name and value is not None}))
 
 
+def _is_detail(name: str, metrics: Mapping[str, Any], end: str) -> bool:
+    """Whether another figure says the same, or more: one mode's where there is but one, a reward that is accuracy."""
+    if name.startswith(DETAILS):
+        return True
+    if name == "accuracy_think":
+        return f"accuracy{end}" in metrics
+    mode = next((mode for mode in MODES if name.endswith(mode)), None)
+    twin = metrics.get(f"accuracy{mode or ''}{end}")
+    return name == f"reward{mode or ''}" and twin is not None and twin == metrics.get(f"{name}{end}")
+
+
 def _verdicts(metrics: Mapping[str, Any]) -> Iterator[str]:
     told: set[str] = set()
     for name in metrics:
@@ -69,13 +85,15 @@ def _verdicts(metrics: Mapping[str, Any]) -> Iterator[str]:
         if base is None or base.startswith("rl_") or f"{base}_after" not in metrics:
             continue
         told |= {name, f"{base}_after", base}
+        if _is_detail(base, metrics, "_before"):
+            continue
         yield f"{title(base)}: {change(base, metrics[name], metrics[f'{base}_after'])}"
     plain, dca = metrics.get("held_out_loss_4x_plain"), metrics.get("held_out_loss_4x_dca")
     if plain is not None and dca is not None:
         word = "better" if dca < plain else "no better"
         yield f"four times the trained length: plain attention {plain:.3f}, dual chunk attention {dca:.3f}: {word}"
     for name in ("accuracy", "accuracy_think", "accuracy_no_think", "think_follow", "pair_accuracy"):
-        if name in metrics and name not in told and not (name == "accuracy_think" and "accuracy" in metrics):
+        if name in metrics and name not in told and not _is_detail(name, metrics, ""):
             yield f"{title(name)}: {shown(name, metrics[name])}"
     if "kept_fraction" in metrics:
         dropped = sum((metrics.get("dropped") or {}).values())

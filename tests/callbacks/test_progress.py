@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+from lightning.pytorch.callbacks import ProgressBar
 
 from qwen3_lit.callbacks.progress import Progress, duration, quantity
 from qwen3_lit.data.batch import PackedBatch

@@ -88,3 +88,22 @@ def test_accumulated_micro_steps_are_one_step(fit: Any) -> None:
     throughput, recorder = Throughput(), Recorder()
     fit([throughput, recorder], accumulate_grad_batches=2, max_steps=2)
     assert ["throughput/step_seconds" in row for row in recorder.rows] == [False, True, True, True]
+
+
+class SlowStart(L.Callback):
+    """Takes its time before the training, as an evaluation does."""
+
+    def __init__(self, clock: list[float]) -> None:
+        self.clock = clock
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.clock[0] += 1000.0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.clock[0] += 1.0
+
+
+def test_what_happens_before_the_first_batch_does_not_count(fit: Any, clock: list[float]) -> None:
+    recorder = Recorder()
+    fit([Throughput(), SlowStart(clock), recorder], max_steps=2)
+    assert recorder.rows[1]["throughput/step_seconds"] == pytest.approx(1.0)

@@ -32,6 +32,7 @@ def write_phase(root: Path, name: str, metrics: dict[str, Any], **fields: Any) -
         "versions": {"torch": "2.11.0"},
         "trainer": {"devices": 1},
         "problems": [],
+        "model": {"parameters": 7_000_000},
         "command": "qwen3-lit fit -c recipes/1_pretrain_general.yaml -c recipes/hardware/cpu.yaml",
         **fields,
     }
@@ -85,7 +86,7 @@ def run_dir(tmp_path: Path) -> Path:
     }
     sft = {"module": "ColdStartSFTModule", "after": after4, **math}
     write_phase(root, "4_cold_start_sft", after4, init_from=str(root / "3_pretrain_long_context/hf"), **sft)
-    after5 = {"accuracy_think": 0.58, "reward_think": 0.58, "completion_tokens_think": 101.0}
+    after5 = {"accuracy_think": 0.58, "reward_think": 0.58, "completion_tokens_think": 101.0, "truncated_think": 0.1}
     folder = write_phase(
         root, "5_reasoning_rl", _answers(after4, after5), module="GRPOModule", before=after4, after=after5, **math
     )
@@ -99,10 +100,19 @@ def run_dir(tmp_path: Path) -> Path:
         },
     )
     samples = [
-        {"stage": stage, "global_step": step, "task": "chain_sum", "mode": "think", "prompt": "12 + 30?", "reference": "42",
-         "completion": f"<think>\n{text}\n</think>\n\n{text}", "correct": text == "42", "reward": float(text == "42")}
+        {
+            "stage": stage,
+            "global_step": step,
+            "task": "chain_sum",
+            "mode": "think",
+            "prompt": "12 + 30?",
+            "reference": "42",
+            "completion": f"<think>\n{text}\n</think>\n\n{text}",
+            "correct": text == "42",
+            "reward": float(text == "42"),
+        }
         for stage, step, text in (("before", 0, "41"), ("train", 5, "43"), ("after", 10, "42"))
-    ]  # fmt: skip
+    ]
     samples.append({**samples[-1], "task": "code", "prompt": "show code", "completion": "````py\nprint(1)\n````"})
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples) + '{"half')
     (folder / "expert_load.png").write_bytes(b"\x89PNG")
@@ -120,8 +130,16 @@ def run_dir(tmp_path: Path) -> Path:
         problems=["general_held_out.jsonl"],
     )
     after8 = {"accuracy_think": 0.4, "accuracy_no_think": 0.3}
-    write_phase(root, "8_distill_off_policy", after8, module="DistillModule", after=after8, **math)
-    start = {"init_from": f"{root}/8_distill_off_policy/hf"}
+    write_phase(
+        root,
+        "8_distill_off_policy",
+        after8,
+        module="DistillModule",
+        after=after8,
+        model={"parameters": 2_000_000},
+        **math,
+    )
+    start = {"model": {"parameters": 2_000_000}, "init_from": f"{root}/8_distill_off_policy/hf"}
     for name, module, after, seconds in (
         ("9_distill_on_policy", "DistillModule", 0.5, 30.0),
         ("rl_from_off_policy", "GRPOModule", 0.42, 60.0),

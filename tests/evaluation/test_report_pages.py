@@ -48,7 +48,8 @@ def test_verdicts_in_plain_words(page: str) -> None:
 def test_stages_are_compared_on_the_same_problems_only(page: str) -> None:
     table = page.split("## Stage by stage")[1].split("## 1_")[0]
     first, second = re.split("Problems: general", table)
-    assert "| accuracy, thinking | 31.0 % | 58.0 % (+27.0) | 55.0 % (-3.0) | 40.0 % (-15.0) |  |" in first
+    assert "| accuracy, thinking | 31.0 % | 58.0 % (+27.0) | 55.0 % (-3.0) | 40.0 % |  |" in first
+    assert "| tokens a completion, thinking | 90 | 101 (+11) |" in first
     assert "7_general_rl" not in first and "5_reasoning_rl" not in second
 
 
