@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,33 +172,40 @@ def _read_phase(file: Path, steps: Mapping[str, Mapping[str, Any]]) -> Phase:
 
 def _add_from_elsewhere(phase: Phase, found: list[Phase], run_dir: Path) -> None:
     """Figures of a phase's row that another file knows: the curation's counts, the cost of the comparison run."""
-    _name_the_only_mode(phase.metrics)
+    _name_over_modes(phase.metrics, EXPECTED.get(phase.number or 0, ()))
     if phase.number == 4:
         curation = read_json(run_dir / CURATION_FILE)
         if curation is not None:
             phase.metrics["kept_fraction"] = curation["kept_fraction"]
             phase.metrics["dropped"] = curation["dropped"]
     if phase.number == 9:
-        phase.metrics["seconds_per_point"] = seconds_per_point(phase)
         other = _comparison(phase, found)
+        figure = "accuracy"
         if other is not None:
-            _name_the_only_mode(other.metrics)
-            phase.metrics["rl_seconds_per_point"] = seconds_per_point(other)
+            _name_over_modes(other.metrics, ("accuracy_before", "accuracy_after"))
+            both_think = all("accuracy_think_after" in row.metrics for row in (phase, other))
+            figure = "accuracy_think" if both_think else "accuracy"  # the costs have to be those of the same figure
+            phase.metrics["rl_seconds_per_point"] = seconds_per_point(other, figure)
             for when in ("before", "after"):
-                phase.metrics[f"rl_accuracy_{when}"] = other.metrics.get(f"accuracy_{when}")
+                phase.metrics[f"rl_accuracy_{when}"] = other.metrics.get(f"{figure}_{when}")
+        phase.metrics["seconds_per_point"] = seconds_per_point(phase, figure)
 
 
-def _name_the_only_mode(metrics: dict[str, Any]) -> None:
-    """A phase that was evaluated in the thinking mode alone has that as its accuracy."""
-    for end in ("", "_before", "_after"):
-        names = f"accuracy{end}", f"accuracy_think{end}", f"accuracy_no_think{end}"
-        if names[0] not in metrics and names[1] in metrics and names[2] not in metrics:
-            metrics[names[0]] = metrics[names[1]]
+def _name_over_modes(metrics: dict[str, Any], expected: Iterable[str]) -> None:
+    """Give the expected figures of a phase that was evaluated by mode: the only mode's, or the mean of both."""
+    for name in expected:
+        base = re.sub("_(before|after)$", "", name)
+        if base not in ("accuracy", "reward"):
+            continue
+        end = name.removeprefix(base)
+        by_mode = [metrics[key] for key in (f"{base}_think{end}", f"{base}_no_think{end}") if key in metrics]
+        if name not in metrics and by_mode:
+            metrics[name] = sum(by_mode) / len(by_mode)
 
 
-def seconds_per_point(phase: Phase) -> float | None:
-    """Training seconds for each percentage point of held-out accuracy; None when it did not rise."""
-    before, after = phase.metrics.get("accuracy_before"), phase.metrics.get("accuracy_after")
+def seconds_per_point(phase: Phase, figure: str = "accuracy") -> float | None:
+    """Training seconds for each percentage point of a held-out accuracy; None when it did not rise."""
+    before, after = phase.metrics.get(f"{figure}_before"), phase.metrics.get(f"{figure}_after")
     if before is None or after is None or after <= before:
         return None
     return float(phase.record["seconds"]) / (100 * (after - before))

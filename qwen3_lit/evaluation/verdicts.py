@@ -72,7 +72,7 @@ def _is_detail(name: str, metrics: Mapping[str, Any], end: str) -> bool:
     if name.startswith(DETAILS):
         return True
     if name == "accuracy_think":
-        return f"accuracy{end}" in metrics
+        return metrics.get(f"accuracy{end}") == metrics[f"{name}{end}"]
     mode = next((mode for mode in MODES if name.endswith(mode)), None)
     twin = metrics.get(f"accuracy{mode or ''}{end}")
     return name == f"reward{mode or ''}" and twin is not None and twin == metrics.get(f"{name}{end}")

@@ -153,11 +153,11 @@ class PolicyModule(PhaseModule):
         return results
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracy, reward and mode following over the held-out problems, by mode and by task."""
+        """Accuracy, reward and mode following over the held-out problems, by mode (if several) and by task."""
         figures: dict[str, float] = {}
         results = self.answer_held_out()
         for mode, result in results.items():
-            suffix = "" if mode == "own" else f"_{mode}"
+            suffix = "" if len(results) == 1 else f"_{mode}"
             for task, row in {"": result.overall, **result.tasks}.items():
                 end = f"{suffix}/{task}" if task else suffix
                 if row.accuracy is not None:

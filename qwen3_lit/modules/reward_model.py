@@ -68,4 +68,6 @@ class RewardModule(PhaseModule):
     def export(self, folder: str | Path) -> None:
         """The backbone as a Hugging Face folder, and the head beside it."""
         super().export(folder)
-        save_file({SCORE_HEAD_KEY: self.score_head.weight.detach().cpu().contiguous()}, Path(folder) / SCORE_HEAD_FILE)
+        if self.trainer.is_global_zero:
+            head_1D = self.score_head.weight.detach().cpu().contiguous()
+            save_file({SCORE_HEAD_KEY: head_1D}, Path(folder) / SCORE_HEAD_FILE)

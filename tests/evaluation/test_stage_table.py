@@ -51,6 +51,17 @@ def test_an_accuracy_that_did_not_rise_has_no_cost(run_dir: Path) -> None:
     assert stage_table(run_dir).phases[-1].metrics["seconds_per_point"] is None
 
 
+def test_costs_of_a_point_are_of_the_same_figure(run_dir: Path) -> None:
+    both = {"accuracy_think_before": 0.4, "accuracy_think_after": 0.5}
+    both |= {"accuracy_no_think_before": 0.2, "accuracy_no_think_after": 0.5}
+    edit(run_dir / "9_distill_on_policy" / "phase.json", metrics=both)
+    think = {"accuracy_think_before": 0.4, "accuracy_think_after": 0.42}
+    edit(run_dir / "rl_from_off_policy" / "phase.json", metrics=think)
+    nine = stage_table(run_dir).phases[-1].metrics
+    assert (nine["accuracy_before"], nine["accuracy_after"]) == pytest.approx((0.3, 0.5)), "the mean of both modes"
+    assert (nine["seconds_per_point"], nine["rl_seconds_per_point"]) == pytest.approx((3.0, 30.0)), "both in thinking"
+
+
 def test_two_modes_are_not_mixed_into_one_accuracy(run_dir: Path) -> None:
     assert "accuracy" not in stage_table(run_dir).phases[5].metrics
 
