@@ -55,8 +55,6 @@ class Counters:
 class PhaseModule(L.LightningModule):
     """One phase of the pipeline around one Qwen3 model."""
 
-    batch_kinds: tuple[type, ...] = (PackedBatch,)
-
     def __init__(
         self,
         config: ModelConfig,
@@ -217,6 +215,20 @@ class PhaseModule(L.LightningModule):
         self._micro_steps += 1
         self.log("train/loss", result.nll_sum / max(1, target_tokens), prog_bar=True, batch_size=max(1, target_tokens))
         return loss / self._row_tokens
+
+    def held_out_nll(self, batch: PackedBatch) -> tuple[Tensor, int]:
+        """Summed nats over a row's targets, and how many there are."""
+        batch = batch.to(self.device)
+        hidden_TD = self.run_model(batch).hidden_TD
+        result = language_model_loss(
+            hidden_TD, self.model.lm_head_weight, batch.target_ids_T, num_tokens_total=1.0, valid_vocab=self.valid_vocab
+        )
+        return result.nll_sum, batch.num_loss_tokens
+
+    def log_held_out_loss(self, batch: PackedBatch) -> None:
+        """``val/loss`` of a row, weighed by its targets."""
+        nll, tokens = self.held_out_nll(batch)
+        self.log("val/loss", nll / max(1, tokens), batch_size=max(1, tokens), sync_dist=True, prog_bar=True)
 
     @property
     def _row_tokens(self) -> int:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from qwen3_lit.data.batch import PackedBatch
-from qwen3_lit.losses.language_model import language_model_loss
 from qwen3_lit.losses.reduction import sum_over_ranks
 from qwen3_lit.model.config import DualChunkConfig
 from qwen3_lit.modules.phase_module import PhaseModule
@@ -35,16 +34,7 @@ class PretrainModule(PhaseModule):
     @torch.no_grad()
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Log the held-out loss during training."""
-        nll, tokens = self._nll(batch)
-        self.log("val/loss", nll / max(1, tokens), batch_size=max(1, tokens), sync_dist=True, prog_bar=True)
-
-    def _nll(self, batch: PackedBatch) -> tuple[Tensor, int]:
-        batch = batch.to(self.device)
-        hidden_TD = self.run_model(batch).hidden_TD
-        result = language_model_loss(
-            hidden_TD, self.model.lm_head_weight, batch.target_ids_T, num_tokens_total=1.0, valid_vocab=self.valid_vocab
-        )
-        return result.nll_sum, batch.num_loss_tokens
+        self.log_held_out_loss(batch)
 
     @torch.no_grad()
     def held_out_loss(self, batches: Iterable[PackedBatch]) -> float:
@@ -53,7 +43,7 @@ class PretrainModule(PhaseModule):
         self.eval()
         nll, tokens = torch.zeros((), device=self.device), 0
         for batch in batches:
-            row_nll, row_tokens = self._nll(batch)
+            row_nll, row_tokens = self.held_out_nll(batch)
             nll, tokens = nll + row_nll, tokens + row_tokens
         self.train(was_training)
         total = sum_over_ranks(torch.stack([nll, torch.tensor(float(tokens), device=self.device)]))
