@@ -9,6 +9,7 @@ from qwen3_kernels.linear_cross_entropy import LinearCrossEntropy, linear_cross_
 from qwen3_kernels.linear_logprob import LinearLogprob, linear_logprob
 from qwen3_kernels.paged_attention import paged_attention
 from qwen3_kernels.qk_norm_rope import qk_norm_rope
+from qwen3_kernels.router_logits import router_logits
 from qwen3_kernels.router_topk import Routing, router_topk
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "linear_logprob",
     "paged_attention",
     "qk_norm_rope",
+    "router_logits",
     "router_topk",
 ]

@@ -7,15 +7,20 @@ where the implementation fits the given tensor and else says in words why it doe
 
 import contextlib
 import functools
+import importlib.util
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-Unfit = Callable[[Tensor], str | None]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+Unfit = Callable[..., str | None]
 
 
 class Implementation(NamedTuple):
@@ -23,15 +28,48 @@ class Implementation(NamedTuple):
 
     function: Callable[..., Any]
     unfit: Unfit
-    """Why it can't take this tensor, or None."""
+    """Called with the tensor, and by name the facts that the operation gives ``choose``: why it can't take this call,
+    or None."""
 
 
 _registry: dict[str, dict[str, Implementation]] = {}
 _forced: dict[str, str] = {}
 
 
-def fits_anything(tensor: Tensor) -> None:
-    """The reason function of an implementation that takes every tensor."""
+def fits_anything(tensor: Tensor, **facts: object) -> None:
+    """The reason function of an implementation that takes every call."""
+    return None
+
+
+_interpreting = False
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Let Triton kernels take CPU tensors inside the block, through Triton's interpreter.
+
+    Raises RuntimeError unless TRITON_INTERPRET=1 was set before the kernels were imported.
+    """
+    global _interpreting
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("interpreted(): TRITON_INTERPRET is not 1; set it before qwen3_kernels is imported")
+    _interpreting = True
+    try:
+        yield
+    finally:
+        _interpreting = False
+
+
+def needs_triton(tensor: Tensor, **facts: object) -> str | None:
+    """The reason function of a Triton kernel: a GPU from Ampere on, or the interpreter by ``interpreted``."""
+    if not HAS_TRITON:
+        return "the triton package is not installed"
+    if _interpreting:
+        return None
+    if not tensor.is_cuda:
+        return f"the tensor is on {tensor.device.type}"
+    if torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        return "compute capability 8.0 is the oldest supported"
     return None
 
 
@@ -61,22 +99,26 @@ def prefer(op: str, name: str) -> Iterator[None]:
             _forced[op] = before
 
 
-def choose(op: str, tensor: Tensor, name: str = "auto") -> Callable[..., Any]:
-    """The function that computes ``op`` on ``tensor``'s device; raises ValueError where a named one does not fit."""
+def choose(op: str, tensor: Tensor, name: str = "auto", **facts: object) -> Callable[..., Any]:
+    """The function that computes ``op`` on ``tensor``'s device; raises ValueError where a named one does not fit.
+
+    ``facts`` reach the reason functions, for what the tensor alone does not tell.
+    """
     wanted = _forced.get(op, name)
     candidates = _registry[op]
     if wanted != "auto":
         if wanted not in candidates:
             raise ValueError(f"{op}: no implementation {wanted!r}, expected one of {implementations(op)}")
-        reason = candidates[wanted].unfit(tensor)
+        reason = candidates[wanted].unfit(tensor, **facts)
         if reason is not None:
             raise ValueError(f"{op}: implementation {wanted!r} was asked for, but {reason}")
         return candidates[wanted].function
     skipped: list[str] = []
     for candidate, implementation in candidates.items():
-        reason = implementation.unfit(tensor)
+        reason = implementation.unfit(tensor, **facts)
         if reason is None:
-            _say_once(op, candidate, tensor.device.type, "; ".join(skipped))
+            if not torch.compiler.is_compiling():  # a log call would break the graph
+                _say_once(op, candidate, tensor.device.type, "; ".join(skipped))
             return implementation.function
         skipped.append(f"not {candidate}: {reason}")
     raise ValueError(f"{op}: no implementation fits: {'; '.join(skipped)}")

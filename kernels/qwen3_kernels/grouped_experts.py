@@ -22,15 +22,28 @@ def grouped_experts(x_TD: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, ro
 
     Args:
         x_TD: tokens.
-        w_gate_up_E2FD: the first F rows are the gate, the last F the up projection.
-        w_down_EDF: down projections.
-        routing: from ``router_topk``.
+        w_gate_up_E2FD: the first F rows are the gate, the last F the up projection; x's dtype.
+        w_down_EDF: down projections; x's dtype.
+        routing: from ``router_topk``. Masked tokens get 0 and give no gradient.
 
     Returns:
         out_TD in x's dtype; differentiable in x, both weights and ``routing.weights_TK``; deterministic.
+
+    Compute bound from about 3,000 tokens on: Qwen3-30B-A3B's layer (D = 2,048, E = 128, K = 8, F = 768) takes
+    T * K * 6 * D * F FLOPs forward and twice that backward, at T = 32,768 and 790 TFLOP/s 3.1 and 6.3 ms. Below, the
+    weights of the experts in use have to be read: 1.2 GB for all of them, 0.28 ms at 4.28 TB/s; 9.4 MB an expert.
     """
     function = dispatch.choose("grouped_experts", x_TD)
-    return function(x_TD, w_gate_up_E2FD, w_down_EDF, routing.weights_TK, routing.order_N, routing.counts_E)
+    return function(
+        x_TD,
+        w_gate_up_E2FD,
+        w_down_EDF,
+        routing.weights_TK,
+        routing.order_N,
+        routing.counts_E,
+        routing.position_TK,
+        routing.offsets_E,
+    )
 
 
 def _products(left: Iterable[Tensor], right: Iterable[Tensor], out: Iterable[Tensor], counts: list[int]) -> None:
@@ -47,11 +60,11 @@ class ExpertLoop(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_TD, w_gate_up_E2FD, w_down_EDF, weights_TK, order_N, counts_E):
+    def forward(ctx, x_TD, w_gate_up_E2FD, w_down_EDF, weights_TK, order_N, counts_E, position_TK, offsets_E):
         num_tokens, top_k = weights_TK.shape
         counts = counts_E.tolist()
         rows = sum(counts)
-        order_N = order_N[:rows]  # masked rows come last and are left out
+        order_N = order_N[:rows].long()  # masked rows come last and are left out; index_copy_ takes int64 alone
         x_ND = x_TD.index_select(0, order_N // top_k)
         gate_up_N2F = x_TD.new_empty(rows, w_gate_up_E2FD.shape[1])
         w_up_by_expert = w_gate_up_E2FD.transpose(1, 2).unbind(0)
@@ -105,8 +118,32 @@ class ExpertLoop(torch.autograd.Function):
             grad_weights.view(x_TD.shape[0], ctx.top_k),
             None,
             None,
+            None,
+            None,
         )
 
 
+def _triton_unfit(x_TD: Tensor) -> str | None:
+    if x_TD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"x is {x_TD.dtype}, not bfloat16, float16 or float32"
+    return dispatch.needs_triton(x_TD)
+
+
+def _grouped_mm_unfit(x_TD: Tensor) -> str | None:
+    if not x_TD.is_cuda or torch.cuda.get_device_capability(x_TD.device) < (9, 0):
+        return "torch's grouped_mm is fast from compute capability 9.0 on"
+    if x_TD.dtype != torch.bfloat16:
+        return f"torch's grouped_mm takes bfloat16 and x is {x_TD.dtype}"
+    if x_TD.shape[1] % 8:
+        return f"torch's grouped_mm wants rows of a multiple of 16 bytes and x has {x_TD.shape[1]} columns"
+    return dispatch.needs_triton(x_TD)
+
+
+if dispatch.HAS_TRITON:
+    from qwen3_kernels import grouped_experts_triton
+
+    dispatch.register("grouped_experts", "mixed", grouped_experts_triton.run_mixed, _grouped_mm_unfit)
+    dispatch.register("grouped_experts", "triton", grouped_experts_triton.run, _triton_unfit)
+    dispatch.register("grouped_experts", "grouped_mm", grouped_experts_triton.run_grouped_mm, _grouped_mm_unfit)
 dispatch.register("grouped_experts", "expert_loop", ExpertLoop.apply)
 dispatch.register("grouped_experts", "reference", reference.grouped_experts)

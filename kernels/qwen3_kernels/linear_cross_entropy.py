@@ -45,4 +45,8 @@ def linear_cross_entropy(
     return LinearCrossEntropy(loss, nll_T)
 
 
+if dispatch.HAS_TRITON:
+    from qwen3_kernels import linear_cross_entropy_triton
+
+    dispatch.register("linear_cross_entropy", "triton", linear_cross_entropy_triton.run, dispatch.needs_triton)
 dispatch.register("linear_cross_entropy", "reference", reference.linear_cross_entropy)

@@ -54,4 +54,8 @@ def linear_logprob(
     )
 
 
+if dispatch.HAS_TRITON:
+    from qwen3_kernels import linear_logprob_triton
+
+    dispatch.register("linear_logprob", "triton", linear_logprob_triton.run, dispatch.needs_triton)
 dispatch.register("linear_logprob", "reference", reference.linear_logprob)

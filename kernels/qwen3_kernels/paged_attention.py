@@ -30,8 +30,15 @@ def paged_attention(
         block_table_BM: int, the pages of every sequence in order; entries past the context are ignored.
         context_lens_B: int, tokens of every sequence, the newest included; 0 marks an empty slot, whose output is 0.
 
+        inv_freq_R, chunk_size, local_size: dual chunks, as in ``dual_chunk_attention``; all or none of them.
+        softmax_scale: of the scores; C ** -0.5 where it is None.
+
     Returns:
         out_BHC in q's dtype. Not differentiable.
+
+    Bandwidth bound: every key and value is read once, 2 G C values a token of context. 64 sequences of 4,096 tokens
+    with 4 kv heads x 128 in bfloat16 are 537 MB, 125 us at 4.28 TB/s. No step waits for the host on a GPU: the call can
+    be captured in a CUDA graph and replayed for other lengths and pages.
     """
     function = dispatch.choose("paged_attention", q_BHC)
     return function(
@@ -108,5 +115,17 @@ def _not_on_cpu(q_BHC: Tensor) -> str | None:
     return None if q_BHC.device.type == "cpu" else "its host-side branch would stall the device"
 
 
+def _triton_unfit(q_BHC: Tensor) -> str | None:
+    if q_BHC.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"q is {q_BHC.dtype}, not bfloat16, float16 or float32"
+    if q_BHC.shape[-1] * q_BHC.element_size() > 1024:
+        return f"a head of {q_BHC.shape[-1]} x {q_BHC.dtype} has more than 1,024 bytes"
+    return dispatch.needs_triton(q_BHC)
+
+
+if dispatch.HAS_TRITON:
+    from qwen3_kernels import paged_attention_triton
+
+    dispatch.register("paged_attention", "triton", paged_attention_triton.run, _triton_unfit)
 dispatch.register("paged_attention", "sdpa", paged_attention_sdpa, _not_on_cpu)
 dispatch.register("paged_attention", "reference", reference.paged_attention)

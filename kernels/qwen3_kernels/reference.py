@@ -50,7 +50,18 @@ def router_topk(
     counts.scatter_add_(0, sort_key_N, torch.ones_like(sort_key_N))
     # Few distinct keys fit a small integer, which sorts several times faster than int64.
     order_N = sort_key_N.to(torch.int16).argsort(stable=True)
-    return expert_ids_TK, weights_TK, counts[:num_experts], probs_TE.sum(0), z_T.sum(), order_N
+    position_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
+    counts_E = counts[:num_experts]
+    return (
+        expert_ids_TK.int(),
+        weights_TK,
+        counts_E,
+        probs_TE.sum(0),
+        z_T.sum(),
+        order_N.int(),
+        position_N.int().view_as(expert_ids_TK),
+        counts_E.cumsum(0).int(),
+    )
 
 
 def _topk_low_id_first(scores_TE: Tensor, top_k: int) -> Tensor:
@@ -64,7 +75,14 @@ def _topk_low_id_first(scores_TE: Tensor, top_k: int) -> Tensor:
 
 
 def grouped_experts(
-    x_TD: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, weights_TK: Tensor, order_N: Tensor, counts_E: Tensor
+    x_TD: Tensor,
+    w_gate_up_E2FD: Tensor,
+    w_down_EDF: Tensor,
+    weights_TK: Tensor,
+    order_N: Tensor,
+    counts_E: Tensor,
+    position_TK: Tensor,
+    offsets_E: Tensor,
 ) -> Tensor:
     top_k = weights_TK.shape[1]
     out_TD = torch.zeros_like(x_TD)

@@ -17,7 +17,7 @@ class Routing(NamedTuple):
     """
 
     expert_ids_TK: Tensor
-    """int64, by falling probability; ties go to the lower id."""
+    """int32, by falling probability; ties go to the lower id."""
     weights_TK: Tensor
     """float32, differentiable."""
     counts_E: Tensor
@@ -27,7 +27,11 @@ class Routing(NamedTuple):
     z_sum: Tensor
     """float32 scalar, differentiable: sum over unmasked tokens of logsumexp squared (router z-loss)."""
     order_N: Tensor
-    """int64: positions in the flattened [T * K] sorted by expert, stable."""
+    """int32: positions in the flattened [T * K] sorted by expert, stable; the rows of masked tokens come last."""
+    position_TK: Tensor
+    """int32: where (t, k) stands in ``order_N``, its inverse permutation."""
+    offsets_E: Tensor
+    """int32: inclusive cumulative sum of ``counts_E``, the ``offs`` of a grouped product."""
 
 
 def router_topk(
@@ -46,8 +50,17 @@ def router_topk(
         top_k: experts K per token, at most E.
         renormalize: divide the chosen probabilities by their sum.
         token_mask_T: bool, False for padding.
-        expert_ids_TK: replay these experts; weights are gathered from the full softmax, so gradients flow.
+        expert_ids_TK: any integer type, each in [0, E): replay these experts; weights are gathered from the full
+            softmax, so gradients flow.
         selection_bias_E: added to the probabilities for the choice alone (aux-loss-free balancing, arXiv 2408.15664).
+
+    Raises:
+        ValueError: ``top_k`` is not between 1 and E, or above 16 on the fast path.
+
+    Deterministic, and without a host sync on the fast path, which takes E up to 512 (beyond, the reference
+    runs) and K up to 16. Bandwidth bound:
+    T = 32,768, E = 128 and K = 8 read 16.8 MB and write 4.2 MB forward (5 us at 4.28 TB/s on an H200), and move
+    36.7 MB backward (9 us).
     """
     if not 1 <= top_k <= logits_TE.shape[-1]:
         raise ValueError(f"router_topk: top_k is {top_k}, expected between 1 and the {logits_TE.shape[-1]} experts")
@@ -55,4 +68,14 @@ def router_topk(
     return Routing(*function(logits_TE, top_k, renormalize, token_mask_T, expert_ids_TK, selection_bias_E))
 
 
+if dispatch.HAS_TRITON:
+    from qwen3_kernels import router_topk_triton
+
+    def _unfit(logits_TE: Tensor) -> str | None:
+        limit = router_topk_triton.MAX_EXPERTS
+        if logits_TE.shape[-1] > limit:
+            return f"the kernels take at most {limit} experts, not {logits_TE.shape[-1]}"
+        return dispatch.needs_triton(logits_TE)
+
+    dispatch.register("router_topk", "triton", router_topk_triton.run, _unfit)
 dispatch.register("router_topk", "reference", reference.router_topk)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from qwen3_kernels import Routing, grouped_experts, router_topk
+from qwen3_kernels import Routing, grouped_experts, router_logits, router_topk
 from torch import Tensor, nn
 
 from qwen3_lit.model.config import ModelConfig
@@ -43,16 +43,14 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor, token_mask_T: Tensor | None, expert_ids_TK: Tensor | None) -> Routing:
         """Route every token."""
-        logits_TE = F.linear(x_TD.float(), self.weight.float())
         return router_topk(
-            logits_TE,
+            router_logits(x_TD, self.weight),
             self.top_k,
             renormalize=self.renormalize,
             token_mask_T=token_mask_T,
             expert_ids_TK=expert_ids_TK,
             selection_bias_E=self.expert_bias_E,
         )
-
 
     def enable_expert_bias(self) -> None:
         """Start aux-loss-free balancing (arXiv 2408.15664) from a bias of zero."""

@@ -6,6 +6,7 @@ One flat row of T tokens holds whole documents end to end; there is no batch dim
 the normed hidden states: the head is applied inside the losses, chunk by chunk.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: MoE | MLP = MoE(config) if config.is_moe_layer(layer) else MLP(config)
+        self.compiled_compute: Callable[..., tuple[Tensor, Routing | None]] | None = None
 
     def forward(
         self,
@@ -46,7 +48,22 @@ class Block(nn.Module):
         token_mask_T: Tensor | None,
         expert_ids_TK: Tensor | None,
     ) -> tuple[Tensor, Routing | None]:
-        """[T, D] -> [T, D] and the routing of a MoE block."""
+        """[T, D] -> [T, D] and the routing of a MoE block; compiled where ``Qwen3.compile_blocks`` says so."""
+        arguments = (x_TD, rotary_position_T, rope, attention, token_mask_T, expert_ids_TK)
+        if self.compiled_compute is not None and isinstance(attention, PackedAttention):
+            return self.compiled_compute(self, *arguments)
+        return self.compute(*arguments)
+
+    def compute(
+        self,
+        x_TD: Tensor,
+        rotary_position_T: Tensor,
+        rope: Rotary,
+        attention: AttentionContext,
+        token_mask_T: Tensor | None,
+        expert_ids_TK: Tensor | None,
+    ) -> tuple[Tensor, Routing | None]:
+        """What ``forward`` computes."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotary_position_T, rope, attention)
         normed_TD = self.post_attention_layernorm(x_TD)
         if isinstance(self.mlp, MoE):
@@ -77,6 +94,23 @@ class Qwen3(nn.Module):
     def lm_head_weight(self) -> Tensor:
         """The head [V, D]; the embedding itself when tied."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def compile_blocks(self, *, fullgraph: bool = True, backend: str = "inductor") -> None:
+        """``torch.compile`` what every block computes; modules, names and state_dict stay what they are.
+
+        Nothing that a block computes depends on its place, so blocks of one kind share one graph: 48 layers compile as
+        long as one does. A second number of tokens compiles once more, for every number from then on. Hooks of a block
+        (FSDP2's gather its weights) stay outside of the graph, which they would break. Only packed documents run
+        compiled; generation brings contexts that write a cache, and runs as it did.
+
+        Args:
+            fullgraph: a break in a block's graph is an error. The reference operations break it (attention and experts
+                read sizes on the host); the Triton ones do not.
+            backend: what ``torch.compile`` takes.
+        """
+        compute = torch.compile(Block.compute, fullgraph=fullgraph, backend=backend)
+        for block in self.layers:
+            block.compiled_compute = compute  # type: ignore[assignment]
 
     def forward(
         self,

@@ -13,7 +13,7 @@ def slow_routing(logits_TE, top_k, renormalize):
         chosen = probs[order]
         ids.append(order)
         weights.append(chosen / chosen.sum() if renormalize else chosen)
-    return torch.tensor(ids), torch.stack(weights)
+    return torch.tensor(ids, dtype=torch.int32), torch.stack(weights)
 
 
 @pytest.mark.parametrize("num_experts, top_k", [(128, 8), (1, 1), (7, 3), (512, 16), (5, 5)])
@@ -42,6 +42,19 @@ def test_ties_go_to_the_lower_id_and_order_is_stable():
         assert torch.equal(rows, rows.sort().values)
 
 
+def test_position_inverts_order_and_offsets_end_the_groups():
+    torch.manual_seed(0)
+    mask_T = torch.rand(40) < 0.7
+    routing = router_topk(torch.randn(40, 12), 3, token_mask_T=mask_T)
+    assert routing.order_N.dtype == routing.position_TK.dtype == routing.offsets_E.dtype == torch.int32
+    assert torch.equal(routing.order_N[routing.position_TK.flatten()], torch.arange(120, dtype=torch.int32))
+    assert torch.equal(routing.offsets_E, routing.counts_E.cumsum(0).int())
+    assert routing.offsets_E[-1] == 3 * mask_T.sum()
+    expert_N = routing.expert_ids_TK.flatten()[routing.order_N]
+    for expert, end in enumerate(routing.offsets_E.tolist()):
+        assert (expert_N[end - routing.counts_E[expert] : end] == expert).all()
+
+
 def test_masked_tokens_go_nowhere():
     torch.manual_seed(0)
     logits_TE = torch.randn(10, 8)
@@ -49,7 +62,7 @@ def test_masked_tokens_go_nowhere():
     masked, alone = router_topk(logits_TE, 2, token_mask_T=mask_T), router_topk(logits_TE[:7], 2)
     assert torch.equal(masked.counts_E, alone.counts_E)
     assert torch.equal(masked.order_N[:14], alone.order_N)
-    assert set(masked.order_N[14:].tolist()) == set(range(14, 20))
+    assert masked.order_N[14:].tolist() == list(range(14, 20))
     torch.testing.assert_close(masked.prob_sum_E, alone.prob_sum_E)
     torch.testing.assert_close(masked.z_sum, alone.z_sum)
     assert masked.weights_TK[7:].abs().max() == 0
@@ -58,9 +71,9 @@ def test_masked_tokens_go_nowhere():
 def test_replay_uses_the_given_experts_and_keeps_the_gradient():
     torch.manual_seed(0)
     logits_TE = torch.randn(5, 8, requires_grad=True)
-    given_TK = torch.tensor([[7, 0]] * 5)
+    given_TK = torch.tensor([[7, 0]] * 5, dtype=torch.uint8)
     routing = router_topk(logits_TE, 2, expert_ids_TK=given_TK)
-    assert torch.equal(routing.expert_ids_TK, given_TK)
+    assert torch.equal(routing.expert_ids_TK, given_TK.int())
     probs = logits_TE.detach().softmax(-1)[:, [7, 0]]
     torch.testing.assert_close(routing.weights_TK, probs / probs.sum(-1, keepdim=True))
     routing.weights_TK[:, 0].sum().backward()
