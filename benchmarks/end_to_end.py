@@ -1,0 +1,360 @@
+"""Whole training steps and rollouts beside transformers: ``python benchmarks/end_to_end.py {train,rollout}``.
+
+``train``: forward and backward of the first layers of Qwen3-30B-A3B (full widths, bfloat16 weights, random tokens, the
+routing of a random router), the head's cross-entropy and, for ours alone, the balance loss. The weight gradients are
+made anew in every step, as after ``zero_grad``; no optimizer. ``rollout``: the in-process engine on Qwen3-0.6B's shape,
+sampling at temperature 1 to a fixed length.
+
+FLOPs are the model's (``qwen3_lit.model.cost``): 6 x active weights and causal attention. The first step is timed from
+the call to its end, in a process that begins with empty caches of torch.compile and Triton; models run one after the
+other, so the first shape of a model is the cold one.
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib.metadata
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# Before torch: the first step shall compile everything, as on a machine that never ran it.
+if "--keep-caches" not in sys.argv:
+    _caches = tempfile.TemporaryDirectory(prefix="cold_caches_")
+    for _name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"):
+        os.environ[_name] = os.path.join(_caches.name, _name.lower())
+
+import record
+import torch
+import yaml
+from measure import status_of
+from qwen3_kernels import dispatch
+from timing import Ceilings, measure_ceilings
+from torch import Tensor
+
+from qwen3_lit.generation.engine import PagedEngine
+from qwen3_lit.generation.sampling import SamplingParams
+from qwen3_lit.losses.language_model import language_model_loss
+from qwen3_lit.losses.load_balance import GlobalBatchBalance
+from qwen3_lit.model.config import ModelConfig
+from qwen3_lit.model.cost import training_flops
+from qwen3_lit.model.hf_config import hf_config_dict
+from qwen3_lit.model.transformer import Qwen3
+
+SIZES = Path(__file__).resolve().parents[1] / "recipes" / "size"
+TINY = {"vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+TINY |= {"intermediate_size": 128, "moe_intermediate_size": 32}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents of one length, in our packed form and as a padded batch without padding."""
+
+    documents: int
+    length: int
+    token_ids_T: Tensor
+
+    @classmethod
+    def random(cls, documents: int, length: int, vocab: int, device: torch.device) -> "Batch":
+        generator = torch.Generator(device).manual_seed(0)
+        tokens = documents * length
+        return cls(documents, length, torch.randint(vocab, (tokens,), device=device, generator=generator))
+
+    @property
+    def packed(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """What ``Qwen3.forward`` takes."""
+        device, tokens = self.token_ids_T.device, len(self.token_ids_T)
+        positions_T = torch.arange(self.length, device=device).repeat(self.documents)
+        bounds = torch.arange(0, tokens + 1, self.length, device=device, dtype=torch.int32)
+        return self.token_ids_T, positions_T, bounds, self.length
+
+    @property
+    def targets_T(self) -> Tensor:
+        """The next token of the same document."""
+        targets_BL = self.token_ids_T.view(self.documents, self.length).roll(-1, dims=1).clone()
+        targets_BL[:, -1] = -100
+        return targets_BL.flatten()
+
+
+def read_size(name: str, device: torch.device, **changes: Any) -> ModelConfig:
+    """The configuration of ``recipes/size/<name>.yaml``; tiny on a CPU."""
+    overlay = yaml.safe_load((SIZES / f"{name}.yaml").read_text())
+    sizes = overlay["model"]["init_args"]["config"] | changes
+    if device.type != "cuda":
+        sizes |= TINY | {"num_hidden_layers": 2}
+        sizes |= {"num_experts": 8, "num_experts_per_tok": 2} if sizes["num_experts"] else {}
+    return ModelConfig(**sizes)
+
+
+def build(make: Callable[[], torch.nn.Module], device: torch.device) -> Any:
+    """A model with bfloat16 weights, made where it shall be."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    try:
+        with device:
+            return make()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def our_step(config: ModelConfig, batch: Batch, device: torch.device, compile_blocks: bool) -> Callable[[], Tensor]:
+    """Forward and backward of ours, balance loss included."""
+    model = build(lambda: Qwen3(config), device)
+    if compile_blocks:
+        model.compile_blocks(fullgraph=device.type == "cuda", backend="inductor" if device.type == "cuda" else "eager")
+    balance, inputs, targets_T = GlobalBatchBalance(0.001), batch.packed, batch.targets_T
+
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        out = model(*inputs)
+        loss = language_model_loss(out.hidden_TD, model.lm_head_weight, targets_T).loss
+        total = loss + balance.loss(out.routing)
+        total.backward()
+        balance.after_optimizer_step(model)
+        return loss.detach()
+
+    return step
+
+
+def their_step(config: ModelConfig, batch: Batch, device: torch.device, liger: bool) -> Callable[[], Tensor]:
+    """transformers' model with torch's grouped products and SDPA; with Liger's RoPE, RMSNorm and linear cross-entropy.
+
+    Without their balance loss, which would make them slower. Liger's experts tune themselves for minutes and stay out.
+    """
+    import transformers
+
+    settings = transformers.Qwen3MoeConfig(**hf_config_dict(config, "bfloat16"))
+    implementations = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}
+    model = build(lambda: transformers.AutoModelForCausalLM.from_config(settings, **implementations), device)
+    model.train()
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
+
+        apply_liger_kernel_to_qwen3_moe(swiglu=False, model=model)
+    token_ids = batch.token_ids_T.view(batch.documents, batch.length)
+
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        loss = model(input_ids=token_ids, labels=token_ids, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def training_contenders(options: argparse.Namespace) -> dict[str, Callable[..., Callable[[], Tensor]]]:
+    """How each builds a step; Liger last of theirs, since it replaces parts of transformers for good."""
+    known = {
+        "transformers": partial(their_step, liger=False),
+        "transformers+liger": partial(their_step, liger=True),
+        "ours eager": partial(our_step, compile_blocks=False),
+        "ours compile": partial(our_step, compile_blocks=True),
+    }
+    wanted = {*options.opponents, *(f"ours {name}" for name in options.ours)}
+    return {name: make for name, make in known.items() if name in wanted}
+
+
+def run_training(options: argparse.Namespace, device: torch.device, ceilings: Ceilings) -> list[record.Row]:
+    """Time every contender on every batch."""
+    config = read_size("30b_a3b", device, num_hidden_layers=options.layers)
+    rows = []
+    for name, make in training_contenders(options).items():
+        for shape in options.shape:
+            documents, length = map(int, shape.split("x"))
+            batch = Batch.random(documents, length, config.vocab_size, device)
+            row = record.new_row(
+                device,
+                op=f"train_step_{config.num_hidden_layers}_layers",
+                implementation=name,
+                shape=shape,
+                direction="both",
+                opponent=version(name),
+                flops=training_flops(config, [length] * documents),
+                copy_ceiling_gbps=ceilings.copy_gbps,
+                matmul_ceiling_tflops=ceilings.matmul_tflops,
+            )
+            try:
+                row = timed(row, make(config, batch, device), options.steps, device, documents * length)
+            except Exception as problem:  # a contender that cannot run is a result
+                row = replace(row, status=status_of(problem))
+            rows.append(row)
+            report(row, options.csv)
+            release(device)
+    return rows
+
+
+def timed(row: record.Row, step: Callable[[], Tensor], steps: int, device: torch.device, tokens: int) -> record.Row:
+    """``row`` with the first step, the median of the others, and the peak of all memory, weights included."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    first = seconds(step, device)
+    for _ in range(2):
+        loss = step()
+    if not torch.isfinite(loss):
+        raise ValueError(f"the loss is {loss.item()}")
+    samples = sorted(seconds(step, device) for _ in range(steps))
+    median = statistics.median(samples)
+    print(f"  {row.implementation}: loss {loss.item():.4f}", flush=True)
+    assert row.flops is not None and row.matmul_ceiling_tflops is not None
+    tflops = row.flops / median / 1e12
+    return replace(
+        row,
+        median_ms=1e3 * median,
+        p20_ms=1e3 * samples[round(0.2 * (steps - 1))],
+        p80_ms=1e3 * samples[round(0.8 * (steps - 1))],
+        tflops=tflops,
+        share_of_ceiling=tflops / row.matmul_ceiling_tflops,
+        peak_extra_mb=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
+        tokens_per_s=tokens / median,
+        first_step_s=first,
+    )
+
+
+def run_rollout(options: argparse.Namespace, device: torch.device, ceilings: Ceilings) -> list[record.Row]:
+    """Sample ``--prompts`` completions with each engine."""
+    config = read_size("0_6b", device)
+    prompts = torch.randint(config.vocab_size, (options.prompts, options.prompt_length), device=device)
+    engines = {"transformers": their_engine, "ours": our_engine}
+    rows = []
+    for name in ["transformers"] * ("transformers" in options.opponents) + ["ours"] * bool(options.ours):
+        shape = f"{options.prompts}x({options.prompt_length}+{options.new_tokens})"
+        row = record.new_row(
+            device, op="rollout_0_6b", implementation=name, shape=shape, direction="forward", opponent=version(name)
+        )
+        try:
+            generate = engines[name](config, prompts, options.new_tokens, device)
+            first = seconds(generate, device)
+            elapsed = seconds(generate, device)
+            peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+            rate = options.prompts * options.new_tokens / elapsed
+            row = replace(row, median_ms=1e3 * elapsed, tokens_per_s=rate, first_step_s=first, peak_extra_mb=peak)
+        except Exception as problem:  # an engine that cannot run is a result
+            row = replace(row, status=status_of(problem))
+        rows.append(row)
+        report(row, options.csv)
+        release(device)
+    return rows
+
+
+def our_engine(config: ModelConfig, prompts: Tensor, new_tokens: int, device: torch.device) -> Callable[[], object]:
+    """The in-process engine, all prompts at once."""
+    model = build(lambda: Qwen3(config), device)
+    count, length = prompts.shape
+    pages = count * -(-(length + new_tokens) // 16)
+    engine = PagedEngine(model, max_batch_size=count, max_cached_tokens=16 * pages)
+    asked = prompts.tolist()
+
+    def generate() -> object:
+        completions = engine.generate(asked, SamplingParams(max_new_tokens=new_tokens))
+        assert all(len(group[0].token_ids) == new_tokens for group in completions)
+        return completions
+
+    return generate
+
+
+def their_engine(config: ModelConfig, prompts: Tensor, new_tokens: int, device: torch.device) -> Callable[[], object]:
+    """``generate`` with SDPA and its dynamic cache."""
+    import transformers
+
+    settings = transformers.Qwen3Config(**hf_config_dict(config, "bfloat16"))
+    model = build(
+        lambda: transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa"), device
+    ).eval()
+    sampling = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+
+    def generate() -> object:
+        with torch.no_grad():
+            out = model.generate(
+                prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new_tokens, **sampling
+            )
+        assert out.shape[1] == prompts.shape[1] + new_tokens
+        return out
+
+    return generate
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock time of a call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def version(name: str) -> str:
+    """The packages behind a contender that is not ours."""
+    packages = {"transformers": ["transformers"], "transformers+liger": ["transformers", "liger-kernel"]}.get(name, [])
+    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    return " ".join(f"{package} {installed.get(package, 'missing')}" for package in packages)
+
+
+def release(device: torch.device) -> None:
+    """Give back what the last contender held."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def report(row: record.Row, csv: Path | None) -> None:
+    """Print a row and keep it."""
+    head = f"{row.op:<22} {row.shape:<16} {row.implementation:<20}"
+    if row.status != "ok":
+        print(f"{head} {row.status}", flush=True)
+    else:
+        flops = "" if row.tflops is None else f"{row.tflops:7.1f} TFLOP/s"
+        peak = "" if row.peak_extra_mb is None else f"{row.peak_extra_mb / 1024:6.1f} GiB"
+        rate = f"{row.median_ms:9.1f} ms {row.tokens_per_s:9.0f} tok/s"
+        print(f"{head} {rate} {flops} {peak} first {row.first_step_s:.1f} s", flush=True)
+    if csv is not None:
+        record.append(csv, [row])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what was asked for; exit code 1 where ours failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "rollout"))
+    parser.add_argument("--ours", nargs="*", choices=("eager", "compile"), default=["compile"])
+    parser.add_argument(
+        "--opponents", nargs="*", choices=("transformers", "transformers+liger"), default=["transformers+liger"]
+    )
+    parser.add_argument("--shape", nargs="+", default=["4x4096", "1x32768"], help="documents x length, of train")
+    parser.add_argument("--layers", type=int, default=8, help="of train")
+    parser.add_argument("--steps", type=int, default=10, help="of train, after three that warm up")
+    parser.add_argument("--prompts", type=int, default=256, help="of rollout")
+    parser.add_argument("--prompt-length", type=int, default=128, help="of rollout")
+    parser.add_argument("--new-tokens", type=int, default=256, help="of rollout")
+    parser.add_argument("--prefer", action="append", default=[], metavar="OP=NAME", help="force an implementation")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--csv", type=Path, help="append here")
+    parser.add_argument("--keep-caches", action="store_true", help="compile into the usual caches")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    ceilings = measure_ceilings(device)
+    with contextlib.ExitStack() as forced:
+        for pair in options.prefer:
+            forced.enter_context(dispatch.prefer(*pair.split("=", 1)))
+        rows = {"train": run_training, "rollout": run_rollout}[options.what](options, device, ceilings)
+    return int(any(row.status != "ok" and row.implementation.startswith("ours") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

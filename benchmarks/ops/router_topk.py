@@ -1,0 +1,63 @@
+"""router_topk: softmax over all experts, the K largest, renormalised, with counts and the order by expert.
+
+Bound by bytes, and below some 10,000 tokens by launches. FLOPs are counted roughly: five a logit.
+"""
+
+import torch
+from operation import Inputs, Operation, Shape, Work, compiled, every_implementation, qwen3_30b_a3b
+from qwen3_kernels import reference, router_topk
+from torch import Tensor
+
+TINY = {"T": 33, "E": 8, "K": 2}
+
+
+def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """Logits are float32 whatever the model's type is, as the router makes them."""
+    logits_TE = torch.randn(shape["T"], shape["E"], device=device, generator=generator)
+    return {"logits": logits_TE, "top_k": shape["K"]}
+
+
+def call(inputs: Inputs) -> dict[str, Tensor]:
+    routing = router_topk(inputs["logits"], inputs["top_k"])
+    return {
+        "weights": routing.weights_TK,
+        "prob_sum": routing.prob_sum_E,
+        "z_sum": routing.z_sum,
+        "expert_ids": routing.expert_ids_TK,
+        "counts": routing.counts_E,
+        "order": routing.order_N,
+    }
+
+
+def truth(inputs: Inputs) -> dict[str, Tensor]:
+    outputs = reference.router_topk(inputs["logits"], inputs["top_k"], True, None, None, None)
+    return dict(zip(("expert_ids", "weights", "counts", "prob_sum", "z_sum", "order"), outputs, strict=False))
+
+
+def work(shape: Shape, direction: str) -> Work:
+    """Forward reads logits and writes ids, weights and the order; backward reads logits and writes their gradient."""
+    logits, rows = shape["T"] * shape["E"], shape["T"] * shape["K"]
+    forward = Work(5 * logits, 4 * logits + 12 * rows)
+    backward = Work(5 * logits, 8 * logits + 8 * rows)
+    both = Work(forward.flops + backward.flops, forward.bytes + backward.bytes)
+    return {"forward": forward, "backward": backward, "both": both}[direction]
+
+
+OPERATION = Operation(
+    name="router_topk",
+    shapes={
+        "tiny": TINY,
+        "T=32768": qwen3_30b_a3b(T=32768),
+        "T=4096": qwen3_30b_a3b(T=4096),
+        "T=256": qwen3_30b_a3b(T=256),
+    },
+    make_inputs=make_inputs,
+    truth=truth,
+    contenders={
+        **every_implementation("router_topk", call),
+        "reference_compiled": compiled(truth),
+    },
+    work=work,
+    differentiable=("logits",),
+    tolerance=1e-3,
+)
