@@ -1,4 +1,4 @@
-"""Candidate responses of a procedural teacher that is right, except for flaws at given rates.
+"""Candidate responses of a procedural teacher that is right, except for flaws at given rates and for carelessness.
 
 The flaw of a candidate is recorded in ``provenance`` only, a column that no filter reads; tests compare it with what
 the filters drop. A flaw carries the name of the reason for which the filters should drop it.
@@ -13,7 +13,7 @@ from dataclasses import replace
 from qwen3_lit.curation.synthesis import Record, SynthesisRequest
 from qwen3_lit.curation.synthesis_problems import entry_of, problem_records, query_text
 from qwen3_lit.curation.synthesis_split import stream, text_key
-from qwen3_lit.curation.worked_steps import solve
+from qwen3_lit.curation.worked_steps import CARELESS_STEPS, WorkedSolution, solve
 from qwen3_lit.data.schema import read_records
 from qwen3_lit.errors import UserError
 
@@ -80,9 +80,13 @@ _FLAWS: dict[str, Callable[[list[str], str, random.Random], tuple[str, str]]] = 
 }
 
 
-def respond(problem: Record, flaw: str | None, rng: random.Random) -> tuple[str, str]:
-    """Thinking and answer of the teacher, with one flaw or none."""
-    solution = solve(problem["task"], entry_of(problem))
+def respond(problem: Record, flaw: str | None, rng: random.Random, careless: bool = False) -> tuple[str, str]:
+    """Thinking and answer of the teacher, with one flaw or none; a careless one may be wrong besides."""
+    task, entry = problem["task"], entry_of(problem)
+    if careless and task in CARELESS_STEPS:
+        solution = WorkedSolution(tuple(CARELESS_STEPS[task](entry)))
+    else:
+        solution = solve(task, entry)
     if flaw is None:
         return solution.thinking, solution.answer
     return _FLAWS[flaw](list(solution.lines), solution.answer, rng)
@@ -91,18 +95,24 @@ def respond(problem: Record, flaw: str | None, rng: random.Random) -> tuple[str,
 def candidate_records(request: SynthesisRequest) -> Iterator[Record]:
     """Stream ``n`` candidates to each of ``count`` problems (all of ``--problems`` when it holds fewer).
 
-    Options, besides those of ``problems``: ``n`` (default 4) and a rate for each flaw of ``DEFAULT_RATES``.
+    Options, besides those of ``problems``: ``n`` (default 4), a rate for each flaw of ``DEFAULT_RATES``, and
+    ``careless_share`` (default 0): share of the candidates worked out by ``CARELESS_STEPS``. The filters drop those
+    that came out wrong and have no reason to drop the others, so a model that imitates what is left is careless at
+    times, which reinforcement on fresh problems then corrects.
 
     Raises:
         UserError: rates outside [0, 1] or adding up to more than 1, or a task without worked steps.
     """
     n = request.option("n", 4)
+    careless_share = request.option("careless_share", 0.0)
     rates = {flaw: request.option(flaw, rate) for flaw, rate in DEFAULT_RATES.items()}
+    if not 0 <= careless_share <= 1:
+        raise UserError(f"option careless_share={careless_share}: expected a share between 0 and 1")
     if n < 1:
         raise UserError(f"option n={n}: at least one candidate a problem is needed")
     if min(rates.values()) < 0 or sum(rates.values()) > 1:
         raise UserError(f"rates of flaws {rates}: each must be 0 or more and their sum at most 1")
-    own = {"n", *DEFAULT_RATES}
+    own = {"n", "careless_share", *DEFAULT_RATES}
     options = {name: value for name, value in request.options.items() if name not in own}
     inner = replace(request, options=options)
     problems: Iterator[Record]
@@ -117,11 +127,17 @@ def candidate_records(request: SynthesisRequest) -> Iterator[Record]:
         held_out = list(problem_records(other_side))
     else:
         held_out = []
-    return _candidates(problems, held_out, rates, n, stream("candidates", request.split, request.seed))
+    rng = stream("candidates", request.split, request.seed)
+    return _candidates(problems, held_out, rates, n, careless_share, rng)
 
 
 def _candidates(
-    problems: Iterator[Record], held_out: list[Record], rates: dict[str, float], n: int, rng: random.Random
+    problems: Iterator[Record],
+    held_out: list[Record],
+    rates: dict[str, float],
+    n: int,
+    careless_share: float,
+    rng: random.Random,
 ) -> Iterator[Record]:
     choices = [None, *rates]
     weights = [1 - sum(rates.values()), *rates.values()]
@@ -132,7 +148,8 @@ def _candidates(
             if flaw == "held_out_similarity":
                 source = _reworded(rng.choice(held_out), rng)
             inner_flaw = None if flaw == "held_out_similarity" else flaw
-            thinking, answer = respond(source, inner_flaw, rng)
+            careless = careless_share > 0 and rng.random() < careless_share
+            thinking, answer = respond(source, inner_flaw, rng, careless)
             yield {
                 "messages": [
                     *source["messages"],
@@ -143,7 +160,7 @@ def _candidates(
                 "answer": source["answer"],
                 "metadata": source["metadata"],
                 "problem_id": f"{text_key(query_text(source)):016x}",
-                "provenance": {"flaw": flaw, "candidate": index},
+                "provenance": {"flaw": flaw, "careless": careless, "candidate": index},
             }
 
 

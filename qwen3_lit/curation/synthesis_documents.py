@@ -32,18 +32,22 @@ def document_records(request: SynthesisRequest) -> Iterator[Record]:
     """Stream ``{"text"}`` records.
 
     Options, besides those of ``problems``: ``problems_per_document`` (default 4), ``drill_share`` (default 0.25, the
-    share of documents that are drills; only where a task works in columns) and ``unique`` (default false here: a small
-    task may be practised many times).
+    share of documents that are drills; only where a task works in columns), ``frames`` (how many of the ways to frame a
+    problem are used, default all; a small model learns to copy sooner where distances are alike) and ``unique``
+    (default false here: a small task may be practised many times).
 
     Raises:
         UserError: a share outside [0, 1], no problem in a document, or a task without worked steps.
     """
-    own = ("problems_per_document", "drill_share")
+    own = ("problems_per_document", "drill_share", "frames")
     per_document, drill_share = request.option("problems_per_document", 4), request.option("drill_share", 0.25)
     if per_document < 1 or not 0 <= drill_share <= 1:
         raise UserError(
             f"options problems_per_document={per_document}, drill_share={drill_share}: expected 1 or more, and a share"
         )
+    frames = request.option("frames", len(FRAMES))
+    if not 1 <= frames <= len(FRAMES):
+        raise UserError(f"option frames={frames}: expected 1 to {len(FRAMES)}")
     for task in request.tasks:
         if task not in WORKED_STEPS:
             raise UserError(unknown_name("task with worked steps", task, list(WORKED_STEPS)))
@@ -59,7 +63,8 @@ def document_records(request: SynthesisRequest) -> Iterator[Record]:
     rng = stream("documents", request.split, request.seed)
     problems = problem_records(inner)
     drilled = tuple(task for task in inner.tasks if task in DRILLED_TASKS)
-    return _documents(request.count, per_document, problems, rng, drilled, drill_share if drilled else 0.0)
+    drill_share = drill_share if drilled else 0.0
+    return _documents(request.count, per_document, problems, rng, drilled, drill_share, FRAMES[:frames])
 
 
 def _documents(
@@ -69,6 +74,7 @@ def _documents(
     rng: random.Random,
     drilled: tuple[str, ...],
     drill_share: float,
+    frames: tuple[tuple[str, str, str], ...],
 ) -> Iterator[Record]:
     for _ in range(count):
         if rng.random() < drill_share:
@@ -78,7 +84,7 @@ def _documents(
         parts = []
         for _ in range(per_document):
             problem = next(problems)
-            before, between, after = rng.choice(FRAMES)
+            before, between, after = rng.choice(frames)
             solution = solve(problem["task"], entry_of(problem))
             question = problem["messages"][0]["content"]
             parts.append(f"{before}{question}{between}{solution.thinking}{after}{solution.answer}\n")

@@ -22,6 +22,7 @@ _PATIENCE = 2_000
 _STREAM_LENGTH = 2**40
 
 SHORT_QUESTIONS: dict[str, str] = {
+    "basic_arithmetic": "What is {expression}?",
     "chain_sum": "What is {expression}?",
     "products": "What is {expression}?",
     "gcd": "What is the greatest common divisor of {numbers}?",

@@ -12,7 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qwen3_lit.curation.worked_steps_arithmetic import chain_sum_lines, greatest_common_divisor_lines, product_lines
+from qwen3_lit.curation.worked_steps_arithmetic import (
+    careless_sum_lines,
+    chain_sum_lines,
+    greatest_common_divisor_lines,
+    product_lines,
+)
 from qwen3_lit.curation.worked_steps_sequences import (
     count_bits_lines,
     letter_counting_lines,
@@ -40,6 +45,7 @@ class WorkedSolution:
 
 
 WORKED_STEPS: dict[str, Callable[[Entry], list[str]]] = {
+    "basic_arithmetic": chain_sum_lines,
     "chain_sum": chain_sum_lines,
     "products": product_lines,
     "gcd": greatest_common_divisor_lines,
@@ -49,6 +55,12 @@ WORKED_STEPS: dict[str, Callable[[Entry], list[str]]] = {
     "spell_backward": spell_backward_lines,
 }
 """Task name (a reasoning-gym dataset) -> solver. Add a task by adding its solver here."""
+
+CARELESS_STEPS: dict[str, Callable[[Entry], list[str]]] = {
+    "basic_arithmetic": careless_sum_lines,
+    "chain_sum": careless_sum_lines,
+}
+"""Task name -> solver that skips what is often, but not always, without effect: its last line may be wrong."""
 
 
 def solve(task: str, entry: Entry) -> WorkedSolution:

@@ -10,6 +10,8 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from qwen3_lit.errors import UserError
+
 DRILLED_TASKS = ("chain_sum", "products")
 """Tasks whose solutions are made of columns, see ``drill_line``."""
 
@@ -104,7 +106,13 @@ def multiplication_lines(left: int, right: int) -> tuple[list[str], int]:
 
 
 def chain_sum_lines(entry: Mapping[str, Any]) -> list[str]:
-    """Solution of reasoning-gym's ``chain_sum``: the terms are folded from left to right."""
+    """Solution of reasoning-gym's ``chain_sum``: the terms are folded from left to right.
+
+    Also of ``basic_arithmetic`` where it is asked for sums and differences alone.
+
+    Raises:
+        UserError: another operator or a parenthesis in the expression.
+    """
     total, operations = _parse_expression(str(entry["metadata"]["expression"]))
     lines = [] if operations else [str(total)]
     for operator, term in operations:
@@ -113,6 +121,24 @@ def chain_sum_lines(entry: Mapping[str, Any]) -> list[str]:
         else:
             step, total = _signed_sum_lines(total, term if operator == "+" else -term)
         lines.extend(step)
+    return lines
+
+
+def careless_sum_lines(entry: Mapping[str, Any]) -> list[str]:
+    """``chain_sum`` in columns that neither compare, carry nor borrow: ``7+8=5``; right where none of it is needed."""
+    total, operations = _parse_expression(str(entry["metadata"]["expression"]))
+    lines = [] if operations else [str(total)]
+    for operator, term in operations:
+        width = max(len(str(abs(total))), len(str(abs(term))))
+        left, right = str(abs(total)).zfill(width), str(abs(term)).zfill(width)
+        lines.append(f"{left}{operator}{right}")
+        digits = ""
+        for first, second in zip(reversed(left), reversed(right), strict=True):
+            digit = (int(first) + int(second) if operator == "+" else int(first) - int(second)) % 10
+            lines.append(f"{first}{operator}{second}={digit}")
+            digits = f"{digit}{digits}"
+        total = int(digits)
+        lines.append(str(total))
     return lines
 
 
@@ -146,4 +172,9 @@ def greatest_common_divisor_lines(entry: Mapping[str, Any]) -> list[str]:
 def _parse_expression(expression: str) -> tuple[int, list[tuple[str, int]]]:
     """``"4 - 1 + 7"`` -> ``(4, [("-", 1), ("+", 7)])``."""
     tokens = expression.split()
+    if any(not token.lstrip("-").isdigit() for token in tokens[::2]) or any(t not in "+-*" for t in tokens[1::2]):
+        raise UserError(
+            f"no worked steps for {expression!r}: expected numbers with + and - (or * alone) between them; "
+            "for basic_arithmetic set operators=['+', '-'] and allow_parentheses=false"
+        )
     return int(tokens[0]), list(zip(tokens[1::2], (int(token) for token in tokens[2::2]), strict=True))

@@ -68,6 +68,20 @@ def test_filters_find_the_flaws_and_spare_the_sound(files: dict[str, str], tmp_p
     assert json.loads(report.read_text())["kept"] == len(kept)
 
 
+def test_careless_candidates_stay_where_they_came_out_right(tmp_path: Path) -> None:
+    candidates, out = tmp_path / "candidates.jsonl", tmp_path / "out.jsonl"
+    flawless = dict.fromkeys(OPTIONS.keys() - {name for name in OPTIONS if "." in name}, 0.0)
+    options = {"chain_sum.max_terms": 2, "chain_sum.max_digits": 2, "n": 1, "careless_share": 1.0, **flawless}
+    request = SynthesisRequest(count=80, tasks=("chain_sum",), options=options)
+    synthesize_to_file("reasoning_candidates", request, str(candidates))
+    with AnswerVerifier() as verifier:
+        result = curate(str(candidates), str(out), config=CurationConfig(), verifier=verifier)
+    kept = list(read_records(out, "conversation"))
+    assert 10 < len(kept) < 60 and set(result["dropped"]) == {"wrong_answer"}
+    for record in kept:
+        assert record["messages"][-1]["content"] == record["answer"] and record["provenance"]["careless"]
+
+
 def test_provenance_is_not_read(files: dict[str, str], tmp_path: Path) -> None:
     bare = tmp_path / "bare.jsonl"
     with open(files["candidates"]) as source, open(bare, "w") as target:

@@ -7,6 +7,7 @@ from qwen3_lit.curation.synthesis import SynthesisRequest, synthesize
 from qwen3_lit.curation.worked_steps import WORKED_STEPS, solve
 from qwen3_lit.curation.worked_steps_arithmetic import (
     addition_lines,
+    careless_sum_lines,
     drill_line,
     multiplication_lines,
     subtraction_lines,
@@ -51,6 +52,7 @@ def test_drills_are_true_and_cover_the_table(task: str) -> None:
 @pytest.mark.parametrize(
     ("task", "options"),
     [
+        ("basic_arithmetic", {"operators": ["+", "-"], "allow_parentheses": False, "allow_negation": False}),
         ("chain_sum", {"max_terms": 6, "max_digits": 5, "allow_negation": True}),
         ("products", {"max_terms": 4, "max_digits": 4, "allow_negation": True}),
         ("gcd", {"max_numbers": 4}),
@@ -70,7 +72,8 @@ def test_solutions_pass_the_tasks_own_scorer(task: str, options: dict) -> None:
 
 def test_every_solver_is_covered_above() -> None:
     assert set(WORKED_STEPS) == {
-        "chain_sum", "products", "gcd", "number_sorting", "count_bits", "letter_counting", "spell_backward"
+        "basic_arithmetic", "chain_sum", "products", "gcd", "number_sorting", "count_bits", "letter_counting",
+        "spell_backward",
     }  # fmt: skip
 
 
@@ -92,3 +95,24 @@ def test_disagreement_with_the_entry_is_an_error() -> None:
         solve("chain_sum", entry)
     with pytest.raises(UserError, match="no worked steps"):
         solve("sudoku", entry)
+
+
+def test_careless_columns_are_right_where_nothing_is_carried_or_borrowed() -> None:
+    right = {
+        expression: careless_sum_lines({"metadata": {"expression": expression}})[-1] == str(eval(expression))
+        for expression in ("12 + 34", "5 + 4", "78 - 50", "8 + 7", "54 - 66", "59 + 62", "1 + 2 + 3")
+    }
+    assert right == {
+        "12 + 34": True,
+        "5 + 4": True,
+        "78 - 50": True,
+        "8 + 7": False,
+        "54 - 66": False,
+        "59 + 62": False,
+        "1 + 2 + 3": True,
+    }
+
+
+def test_other_operators_are_named_in_the_error() -> None:
+    with pytest.raises(UserError, match=r"no worked steps for '4 / 2'.*operators"):
+        solve("basic_arithmetic", {"question": "4 / 2", "answer": "2", "metadata": {"expression": "4 / 2"}})
