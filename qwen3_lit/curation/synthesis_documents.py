@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from qwen3_lit.curation.synthesis import Record, SynthesisRequest, unknown_name
 from qwen3_lit.curation.synthesis_problems import entry_of, problem_records
 from qwen3_lit.curation.synthesis_split import stream
-from qwen3_lit.curation.worked_steps import WORKED_STEPS, solve
+from qwen3_lit.curation.worked_steps import UNASKED_TASKS, WORKED_STEPS, solve
 from qwen3_lit.curation.worked_steps_arithmetic import DRILLED_TASKS, drill_line
 from qwen3_lit.errors import UserError
 
@@ -56,7 +56,7 @@ def document_records(request: SynthesisRequest) -> Iterator[Record]:
         count=request.count * per_document,
         seed=request.seed,
         split=request.split,
-        tasks=request.tasks or tuple(WORKED_STEPS),
+        tasks=request.tasks or UNASKED_TASKS,
         options=options,
         exclude=request.exclude,
     )

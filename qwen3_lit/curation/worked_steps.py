@@ -56,6 +56,8 @@ WORKED_STEPS: dict[str, Callable[[Entry], list[str]]] = {
 }
 """Task name (a reasoning-gym dataset) -> solver. Add a task by adding its solver here."""
 
+UNASKED_TASKS = tuple(task for task in WORKED_STEPS if task != "basic_arithmetic")
+"""The tasks when none is named: all whose own default options the solvers can take."""
 CARELESS_STEPS: dict[str, Callable[[Entry], list[str]]] = {
     "basic_arithmetic": careless_sum_lines,
     "chain_sum": careless_sum_lines,

@@ -123,8 +123,7 @@ class PhaseModule(L.LightningModule):
                     module.gate.enable_expert_bias()
         self.build_heads()
         if self.compile_blocks:
-            for block in self.model.layers:
-                block.compile()
+            self.model.compile_blocks(fullgraph=torch.cuda.is_available())
         shard = getattr(self._trainer.strategy, "shard", None) if self._trainer is not None else None
         if shard is not None:
             shard(self.model)
