@@ -189,7 +189,12 @@ def _children(pid: int) -> list[int]:
 
 
 def _start(path: str, run_dir: Path) -> tuple[subprocess.Popen, int]:
-    process = subprocess.Popen([sys.executable, "-m", "qwen3_lit.cli.main", "pipeline", path], start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qwen3_lit.cli.main", "pipeline", path],
+        start_new_session=True,
+        # A test run in the background of a shell ignores interruptions, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     _wait_for(
         lambda: (
             (run_dir / "pipeline_state.json").exists() and _state(run_dir)["steps"].get("two", {}).get("seconds", 0) > 0
