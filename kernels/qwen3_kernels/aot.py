@@ -32,7 +32,7 @@ SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes a block may use (CUDA programming guide, table of compute capabilities)."""
 ARCH = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 LONGEST_COMPILATION = 300.0
-"""Seconds after which a case counts as not compiling; the slowest that ships takes a few."""
+"""Seconds after which a case counts as not compiling; the slowest that ships took 80 on a loaded machine."""
 
 
 class Resources(NamedTuple):

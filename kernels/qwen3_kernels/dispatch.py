@@ -73,6 +73,13 @@ def needs_triton(tensor: Tensor, **facts: object) -> str | None:
     return None
 
 
+def needs_float_triton(tensor: Tensor, **facts: object) -> str | None:
+    """``needs_triton`` of a kernel that takes no other types than bfloat16, float16 and float32."""
+    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the tensor is {tensor.dtype}, not bfloat16, float16 or float32"
+    return needs_triton(tensor)
+
+
 def register(op: str, name: str, function: Callable[..., Any], unfit: Unfit = fits_anything) -> None:
     """Add an implementation; earlier ones are preferred."""
     _registry.setdefault(op, {})[name] = Implementation(function, unfit)

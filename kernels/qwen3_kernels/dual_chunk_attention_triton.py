@@ -61,13 +61,11 @@ DELTA_ROWS = 32
 
 
 def unfit(tensor: Tensor, **facts: object) -> str | None:
-    """The reason function: what ``dispatch.needs_triton`` says, then types and head widths that do not fit."""
+    """The reason function: head widths that do not fit, then what ``dispatch.needs_float_triton`` says."""
     width = tensor.shape[-1]
-    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"{tensor.dtype} is neither bfloat16, float16 nor float32"
     if width % 8 or not 16 <= width <= 256:
         return f"a head width of {width} is not a multiple of 8 from 16 to 256"
-    return dispatch.needs_triton(tensor)
+    return dispatch.needs_float_triton(tensor)
 
 
 def run(

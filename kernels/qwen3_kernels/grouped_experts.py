@@ -123,12 +123,6 @@ class ExpertLoop(torch.autograd.Function):
         )
 
 
-def _triton_unfit(x_TD: Tensor) -> str | None:
-    if x_TD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"x is {x_TD.dtype}, not bfloat16, float16 or float32"
-    return dispatch.needs_triton(x_TD)
-
-
 def _grouped_mm_unfit(x_TD: Tensor) -> str | None:
     if not x_TD.is_cuda or torch.cuda.get_device_capability(x_TD.device) < (9, 0):
         return "torch's grouped_mm is fast from compute capability 9.0 on"
@@ -143,7 +137,7 @@ if dispatch.HAS_TRITON:
     from qwen3_kernels import grouped_experts_triton
 
     dispatch.register("grouped_experts", "mixed", grouped_experts_triton.run_mixed, _grouped_mm_unfit)
-    dispatch.register("grouped_experts", "triton", grouped_experts_triton.run, _triton_unfit)
+    dispatch.register("grouped_experts", "triton", grouped_experts_triton.run, dispatch.needs_float_triton)
     dispatch.register("grouped_experts", "grouped_mm", grouped_experts_triton.run_grouped_mm, _grouped_mm_unfit)
 dispatch.register("grouped_experts", "expert_loop", ExpertLoop.apply)
 dispatch.register("grouped_experts", "reference", reference.grouped_experts)

@@ -29,7 +29,6 @@ def paged_attention(
         k_cache_PSGC, v_cache_PSGC: the pages; keys rotated at their (chunk-local) positions.
         block_table_BM: int, the pages of every sequence in order; entries past the context are ignored.
         context_lens_B: int, tokens of every sequence, the newest included; 0 marks an empty slot, whose output is 0.
-
         inv_freq_R, chunk_size, local_size: dual chunks, as in ``dual_chunk_attention``; all or none of them.
         softmax_scale: of the scores; C ** -0.5 where it is None.
 
@@ -116,11 +115,9 @@ def _not_on_cpu(q_BHC: Tensor) -> str | None:
 
 
 def _triton_unfit(q_BHC: Tensor) -> str | None:
-    if q_BHC.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"q is {q_BHC.dtype}, not bfloat16, float16 or float32"
     if q_BHC.shape[-1] * q_BHC.element_size() > 1024:
         return f"a head of {q_BHC.shape[-1]} x {q_BHC.dtype} has more than 1,024 bytes"
-    return dispatch.needs_triton(q_BHC)
+    return dispatch.needs_float_triton(q_BHC)
 
 
 if dispatch.HAS_TRITON:

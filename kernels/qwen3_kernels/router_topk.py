@@ -57,10 +57,9 @@ def router_topk(
     Raises:
         ValueError: ``top_k`` is not between 1 and E, or above 16 on the fast path.
 
-    Deterministic, and without a host sync on the fast path, which takes E up to 512 (beyond, the reference
-    runs) and K up to 16. Bandwidth bound:
-    T = 32,768, E = 128 and K = 8 read 16.8 MB and write 4.2 MB forward (5 us at 4.28 TB/s on an H200), and move
-    36.7 MB backward (9 us).
+    Deterministic, and without a host sync on the fast path, which takes E up to 512 (beyond, the reference runs) and K
+    up to 16. Bandwidth bound: T = 32,768, E = 128 and K = 8 read 16.8 MB and write 4.2 MB forward (5 us at 4.28 TB/s on
+    an H200), and move 36.7 MB backward (9 us).
     """
     if not 1 <= top_k <= logits_TE.shape[-1]:
         raise ValueError(f"router_topk: top_k is {top_k}, expected between 1 and the {logits_TE.shape[-1]} experts")
