@@ -16,12 +16,12 @@ from qwen3_lit.errors import UserError
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
 
-def make_corpus(root: Path, name: str, count: int, seed: int, tokenizer: str) -> str:
+def make_corpus(root: Path, name: str, count: int, seed: int, tokenizer: str, words: list[str] = WORDS) -> str:
     folder = root / f"{name}-texts"
     folder.mkdir()
     rng = np.random.default_rng(seed)
     for i in range(count):
-        (folder / f"{i}.txt").write_text(f"{name} {i} " + " ".join(rng.choice(WORDS, size=int(rng.integers(5, 120)))))
+        (folder / f"{i}.txt").write_text(f"{name} {i} " + " ".join(rng.choice(words, size=int(rng.integers(5, 120)))))
     settings = PrepareSettings(paths=(str(folder),), tokenizer=tokenizer, held_out_fraction=0.2)
     prepare(settings, root / name, DocumentReader(), workers=1)
     return str(root / name)
@@ -108,17 +108,28 @@ def _count(root: Path) -> int:
     return len(PreparedCorpus(str(root / "one")).lengths)
 
 
-def test_weights_are_shares_of_tokens(root: Path) -> None:
-    data = make_data(root, batch_tokens=64)
-    names = {"one": 0, "two": 0}
-    labels = {tuple(d): "one" if i < _count(root) else "two" for i, d in enumerate(documents_of(root, "train"))}
+def test_weights_are_shares_of_tokens(root: Path, tmp_path: Path) -> None:
+    # No word occurs in both corpora, so that every piece of a document tells where it comes from.
+    words = {"left": WORDS[:5], "right": WORDS[5:]}
+    tokenizer = str(root / "tokenizer")
+    sources = [
+        SourceConfig(make_corpus(tmp_path, name, 70, 3, tokenizer, words[name]), weight)
+        for name, weight in (("left", 3.0), ("right", 1.0))
+    ]
+    encode = load_tokenizer(tokenizer).encode
+    ids = {name: set(encode(" ".join(["", *words[name]]))) for name in words}
+    ids = {"left": ids["left"] - ids["right"], "right": ids["right"] - ids["left"]}
+    data = make_data(root, sources=sources, batch_tokens=64)
+    tokens = {"left": 0, "right": 0}
     for index in range(1024):
         row = data.make_batch(index)
         for start, end in row.document_spans():
-            label = labels.get(tuple(row.token_ids_T[start:end].tolist()))
-            if label:
-                names[label] += end - start
-    assert names["one"] / sum(names.values()) == pytest.approx(0.75, abs=0.04)
+            piece = set(row.token_ids_T[start:end].tolist())
+            (name,) = [name for name in tokens if piece & ids[name]] or ["neither"]
+            if name in tokens:
+                tokens[name] += end - start
+    assert sum(tokens.values()) > 0.97 * 1024 * 64  # the rest are pieces of a file's number alone
+    assert tokens["left"] / sum(tokens.values()) == pytest.approx(0.75, abs=0.04)
 
 
 def test_any_number_of_ranks_sees_the_same_stream(root: Path) -> None:
