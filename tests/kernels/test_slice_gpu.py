@@ -132,16 +132,17 @@ def test_compiled_blocks_train_as_eager_ones_do() -> None:
     compiled.compile_blocks()
     documents = random_documents()
     targets_T = torch.cat(documents).flip(0).cuda()
-    found = []
+    found, experts = [], None
     for model in (eager, compiled):
-        out = model(*packed(documents))
+        # Replayed experts: compiled norms round otherwise, and a few tokens would choose others.
+        out = model(*packed(documents), replay_expert_ids_LTK=experts, record_routing=True)
+        experts = out.routing.expert_ids_LTK
         loss = linear_cross_entropy(out.hidden_TD, model.lm_head_weight, targets_T).loss
         found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     floor = 1e-3 * max(e.float().norm() for e in found[0][1:])
     for e, c in zip(*found, strict=True):
-        # A few tokens route elsewhere where the compiled norms round otherwise.
-        assert (c.float() - e.float()).norm() <= 0.1 * e.float().norm().clamp(min=floor)
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=5e-3, atol=0)
+        assert (c.float() - e.float()).norm() <= 0.03 * e.float().norm().clamp(min=floor)
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-3, atol=0)
 
 
 def training_curve(steps: int = 200, *, reverse_packing: bool = False) -> torch.Tensor:
