@@ -59,6 +59,8 @@ class GeneralItem:
     """What the rewards read."""
     wrong: str | None = None
     """A bad answer of the same form, for preference pairs."""
+    thinking: str | None = None
+    """Thinking that leads to ``gold``, where a dialog may have some."""
     mode: str | None = None
     """The mode that the conversation asks for."""
     tools: list[dict[str, Any]] | None = None
@@ -163,10 +165,14 @@ def general_problem_records(request: SynthesisRequest) -> Iterator[Record]:
 
 
 def dialog_records(request: SynthesisRequest) -> Iterator[Record]:
-    """Stream conversations without thinking, with right answers and without mode flags.
+    """Stream conversations with right answers and without mode flags: without thinking, or all with it.
 
-    ``tasks`` may also name reasoning-gym tasks: these are answered directly. Options: those of ``GeneralOptions``,
-    ``unique`` (false), and ``task.name`` settings of the reasoning-gym tasks.
+    ``tasks`` may also name reasoning-gym tasks: these are answered directly. Options: ``thinking`` (false; only tasks
+    that have thinking to show), those of ``GeneralOptions``, ``unique`` (false), and ``task.name`` settings of the
+    reasoning-gym tasks.
+
+    Raises:
+        UserError: unknown task or option, no further distinct queries, or a task without thinking where it is asked for.
     """
     registry = load_general_tasks()
     tasks = request.tasks or tuple(registry)
@@ -176,6 +182,11 @@ def dialog_records(request: SynthesisRequest) -> Iterator[Record]:
     if general:
         sources[True] = _general_dialogs(replace(request, tasks=general))
     if reasoning:
+        if request.option("thinking", False):
+            raise UserError(
+                f"option thinking=true: {', '.join(reasoning)} would be answered directly; "
+                "ask for the kind reasoning_candidates, or leave them out of --tasks"
+            )
         scoped = {name: value for name, value in request.options.items() if "." in name or name == "style"}
         options = {"unique": False} | scoped
         sources[False] = _direct_answers(replace(request, tasks=reasoning, options=options))
@@ -185,12 +196,17 @@ def dialog_records(request: SynthesisRequest) -> Iterator[Record]:
 
 
 def _general_dialogs(request: SynthesisRequest) -> Iterator[Record]:
-    own = ("unique", "style")
+    own = ("thinking", "unique", "style")
+    thinking = request.option("thinking", False)
     for task, item in general_items(request, general_options(request, own), request.option("unique", False)):
         answer = {"role": "assistant", "content": item.gold}
+        if thinking:
+            if item.thinking is None:
+                raise UserError(f"option thinking=true: task {task} has no thinking to show; leave it out of --tasks")
+            answer["reasoning_content"] = item.thinking
         record: Record = {
             "messages": [*(item.plain_messages or item.messages), *item.tool_turns, answer],
-            "mode": "no_think",
+            "mode": "think" if thinking else "no_think",
             "task": task,
             "split": request.split,
         }

@@ -4,7 +4,7 @@ import random
 from typing import Any
 
 from qwen3_lit.curation.general_tasks import GeneralItem, GeneralOptions, general_task, user
-from qwen3_lit.curation.general_tasks_words import ADJECTIVES, COLORS, NOUNS, PLACES, VERBS, fact
+from qwen3_lit.curation.general_tasks_words import ADJECTIVES, COLORS, NOUNS, PLACES, VERBS, fact, recollection
 from qwen3_lit.rl.calculator import evaluate
 
 NOT_STATED = "not stated"
@@ -71,7 +71,7 @@ def bad_open_answer(rng: random.Random, noun: str, good: str) -> str:
 def judged_qa(rng: random.Random, options: GeneralOptions) -> GeneralItem:
     """A short factual question; a judge compares the answer with the reference."""
     question, answer, others = fact(rng)
-    return GeneralItem(messages=[user(question)], gold=answer, wrong=rng.choice(others))
+    return GeneralItem(messages=[user(question)], gold=answer, wrong=rng.choice(others), thinking=recollection(answer))
 
 
 @general_task("grounded_qa")

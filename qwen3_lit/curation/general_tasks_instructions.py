@@ -15,6 +15,7 @@ from qwen3_lit.curation.general_tasks_words import (
     VERBS,
     fact,
     phrase,
+    recollection,
     sentence,
 )
 from qwen3_lit.rl.rewards.instruction_checks import describe_check
@@ -183,4 +184,6 @@ def mode_flags(rng: random.Random, options: GeneralOptions) -> GeneralItem:
             answer = {"role": "assistant", "content": gold}
             plain.append(answer)
             flagged.append(answer)
-    return GeneralItem(messages=flagged, plain_messages=plain, gold=gold, wrong=wrong, mode=mode)
+    return GeneralItem(
+        messages=flagged, plain_messages=plain, gold=gold, wrong=wrong, thinking=recollection(gold), mode=mode
+    )

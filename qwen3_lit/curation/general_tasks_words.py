@@ -82,3 +82,8 @@ def fact(rng: random.Random) -> tuple[str, str, tuple[str, ...]]:
     subject, answer = rng.choice(pairs)
     others = tuple(sorted({other for _, other in pairs} - {answer}))
     return rng.choice(wordings).format(subject), answer, others
+
+
+def recollection(answer: str) -> str:
+    """Thinking that leads to the answer of a question of fact."""
+    return f"This is a question of fact. I recall: {answer}."

@@ -6,7 +6,7 @@ Every kind is a pure function of its request: the same request gives the same fi
 - ``worked_steps``: pre-training text with written-out solutions of the same tasks;
 - ``reasoning_candidates``: several responses to each problem, flawed at given rates, for the filters;
 - ``general_problems``: problem records of the general tasks, with what their rewards need;
-- ``dialogs``: conversations without thinking over the general tasks, with right answers;
+- ``dialogs``: conversations over the general tasks with right answers, without thinking unless it is asked for;
 - ``preferences``: chosen and rejected answers for a reward model, with and without reference.
 """
 

@@ -133,6 +133,17 @@ def test_dialogs_mix_general_and_reasoning_tasks() -> None:
     assert not any("reasoning_content" in message for record in records for message in record["messages"])
 
 
+def test_dialogs_with_thinking_show_it_in_the_last_turn_alone() -> None:
+    wanted = request("dialogs", tasks=("mode_flags", "judged_qa"), options={"thinking": True})
+    for record in synthesize("dialogs", wanted):
+        *earlier, answer = record["messages"]
+        assert record["mode"] == "think" and answer["content"] in answer["reasoning_content"]
+        assert not any("reasoning_content" in message for message in earlier)
+    for task, reason in (("word_count", "no thinking to show"), ("chain_sum", "answered directly")):
+        with pytest.raises(UserError, match=reason):
+            list(synthesize("dialogs", request("dialogs", tasks=(task,), options={"thinking": True})))
+
+
 def test_preferences_with_and_without_reference() -> None:
     records = list(synthesize("preferences", request("preferences", count=100)))
     with_reference = [record for record in records if "reference" in record]
