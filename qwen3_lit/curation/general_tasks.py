@@ -172,7 +172,7 @@ def dialog_records(request: SynthesisRequest) -> Iterator[Record]:
     reasoning-gym tasks.
 
     Raises:
-        UserError: unknown task or option, no further distinct queries, or a task without thinking where it is asked for.
+        UserError: unknown task or option, no further distinct queries, or thinking asked of a task without it.
     """
     registry = load_general_tasks()
     tasks = request.tasks or tuple(registry)

@@ -12,7 +12,7 @@ from qwen3_lit.curation.synthesis import Record, SynthesisRequest, unknown_name
 from qwen3_lit.curation.synthesis_problems import entry_of, problem_records
 from qwen3_lit.curation.synthesis_split import stream
 from qwen3_lit.curation.worked_steps import UNASKED_TASKS, WORKED_STEPS, solve
-from qwen3_lit.curation.worked_steps_arithmetic import DRILLED_TASKS, drill_line
+from qwen3_lit.curation.worked_steps_arithmetic import DRILLED_OPERATORS, drill_line
 from qwen3_lit.errors import UserError
 
 FRAMES: tuple[tuple[str, str, str], ...] = (
@@ -62,7 +62,13 @@ def document_records(request: SynthesisRequest) -> Iterator[Record]:
     )
     rng = stream("documents", request.split, request.seed)
     problems = problem_records(inner)
-    drilled = tuple(task for task in inner.tasks if task in DRILLED_TASKS)
+    asked = {task: options.get(f"{task}.operators", known) for task, known in DRILLED_OPERATORS.items()}
+    columns = [
+        [operator for operator in DRILLED_OPERATORS[task] if operator in asked[task]]
+        for task in inner.tasks
+        if task in DRILLED_OPERATORS
+    ]
+    drilled = [operators for operators in columns if operators]
     drill_share = drill_share if drilled else 0.0
     return _documents(request.count, per_document, problems, rng, drilled, drill_share, FRAMES[:frames])
 
@@ -72,13 +78,13 @@ def _documents(
     per_document: int,
     problems: Iterator[Record],
     rng: random.Random,
-    drilled: tuple[str, ...],
+    drilled: list[list[str]],
     drill_share: float,
     frames: tuple[tuple[str, str, str], ...],
 ) -> Iterator[Record]:
     for _ in range(count):
         if rng.random() < drill_share:
-            lines = [drill_line(rng.choice(drilled), rng) for _ in range(_DRILL_LINES * per_document)]
+            lines = [drill_line(rng.choice(rng.choice(drilled)), rng) for _ in range(_DRILL_LINES * per_document)]
             yield {"text": "\n".join(lines) + "\n", "source": "worked_steps"}
             continue
         parts = []

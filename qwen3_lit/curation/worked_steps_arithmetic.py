@@ -12,8 +12,12 @@ from typing import Any
 
 from qwen3_lit.errors import UserError
 
-DRILLED_TASKS = ("chain_sum", "products")
-"""Tasks whose solutions are made of columns, see ``drill_line``."""
+DRILLED_OPERATORS: dict[str, tuple[str, ...]] = {
+    "basic_arithmetic": ("+", "-"),
+    "chain_sum": ("+", "-"),
+    "products": ("*",),
+}
+"""Tasks whose solutions are made of columns, and the operators of those, see ``drill_line``."""
 
 
 def addition_column(first: int, second: int, carry: int) -> str:
@@ -33,13 +37,12 @@ def product_column(digit: int, factor: int, carry: int) -> str:
     return f"{digit}*{factor}={digit * factor:02d}+{carry}={digit * factor + carry:02d}"
 
 
-def drill_line(task: str, rng: random.Random) -> str:
-    """One random column of a task that works in columns, for practising the tables."""
+def drill_line(operator: str, rng: random.Random) -> str:
+    """One random column of ``+``, ``-`` or ``*``, for practising the tables."""
     first, second = rng.randrange(10), rng.randrange(10)
-    if task == "products":
+    if operator == "*":
         return product_column(first, second, rng.randrange(max(second, 1)))
-    column = rng.choice((addition_column, subtraction_column))
-    return column(first, second, rng.randrange(2))
+    return {"+": addition_column, "-": subtraction_column}[operator](first, second, rng.randrange(2))
 
 
 def addition_lines(left: int, right: int) -> tuple[list[str], int]:

@@ -56,7 +56,11 @@ class ModelRunner:
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """Float32 logits over the valid vocabulary [B, V]; rows past it belong to no token and are left out."""
-        return F.linear(hidden_BD, self.model.lm_head_weight[: self.valid_vocab]).float()
+        weight_VD = self.model.lm_head_weight[: self.valid_vocab]
+        if hidden_BD.is_cuda and hidden_BD.dtype == torch.bfloat16:
+            # As the trainer's linear_logprob: logits rounded to bfloat16 would part sampled from trained log-probs.
+            return torch.mm(hidden_BD, weight_VD.t(), out_dtype=torch.float32)
+        return F.linear(hidden_BD, weight_VD).float()
 
     def _forward(
         self,

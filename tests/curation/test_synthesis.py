@@ -125,6 +125,24 @@ def test_worked_steps_text_holds_the_cold_start_wording() -> None:
     assert sum(chain in text for chain in thinking) >= 30
 
 
+@pytest.mark.parametrize(
+    "task, options, drilled",
+    [
+        ("chain_sum", {}, {"+", "-"}),
+        ("products", {}, {"*"}),
+        ("basic_arithmetic", {"operators": ["+"], "allow_parentheses": False, "allow_negation": False}, {"+"}),
+        ("gcd", {}, set()),
+    ],
+)
+def test_drills_practise_the_operators_that_are_asked_for(task: str, options: dict, drilled: set[str]) -> None:
+    scoped = {f"{task}.{name}": value for name, value in options.items()}
+    wanted = request("worked_steps", count=30, tasks=(task,), options={"drill_share": 0.9} | scoped)
+    texts = [record["text"] for record in synthesize("worked_steps", wanted)]
+    drills = [text for text in texts if text[0].isdigit()]
+    assert {line[1] for text in drills for line in text.splitlines()} == drilled
+    assert bool(drills) == bool(drilled) and len(drills) < len(texts)
+
+
 def test_dialogs_mix_general_and_reasoning_tasks() -> None:
     mixed = request("dialogs", tasks=("word_count", "chain_sum"), options={"chain_sum.max_digits": 2, "max_words": 4})
     records = list(synthesize("dialogs", mixed))

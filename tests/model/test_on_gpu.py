@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from qwen3_kernels import linear_cross_entropy
+from qwen3_kernels import linear_cross_entropy, linear_logprob
 
 from qwen3_lit.generation.engine import PagedEngine
+from qwen3_lit.generation.model_runner import ModelRunner
 from qwen3_lit.generation.sampling import SamplingParams
 from qwen3_lit.model.config import DualChunkConfig, ModelConfig
 from qwen3_lit.model.transformer import Qwen3
@@ -64,3 +65,14 @@ def test_greedy_generation_equals_the_cpu():
     on_cpu = [group[0].token_ids for group in PagedEngine(model, **engine).generate(prompts, params)]
     on_gpu = [group[0].token_ids for group in PagedEngine(model.to("cuda"), **engine).generate(prompts, params)]
     assert on_gpu == on_cpu
+
+
+def test_sampler_and_trainer_give_one_log_probability_in_bfloat16():
+    torch.manual_seed(0)
+    model = Qwen3(config()).to("cuda").bfloat16()
+    runner = ModelRunner(model, cache=None, valid_vocab=320, record_routing=False)
+    hidden_TD = torch.randn(50, 64, device="cuda").bfloat16()
+    token_ids_T = torch.randint(320, (50,), device="cuda")
+    sampled_T = runner.logits(hidden_TD).log_softmax(-1).gather(1, token_ids_T[:, None]).squeeze(1)
+    trained_T = linear_logprob(hidden_TD, model.lm_head_weight, token_ids_T).logprob_T
+    torch.testing.assert_close(sampled_T, trained_T, rtol=0, atol=1e-5)
