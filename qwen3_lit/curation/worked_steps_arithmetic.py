@@ -1,9 +1,11 @@
 """Column arithmetic written out digit by digit: addition, subtraction, multiplication, greatest common divisor.
 
 Every column is one line with a fixed layout, units first, so that the position of each digit relative to the others
-never changes: ``7+8+0=5 c1`` (digit, digit, carry in, digit written, carry out), ``7-8-0=9 b1`` (the same with a
-borrow) and ``4*8=32+5=37`` (digit, digit, product, carry in, sum: carry out and digit written). Numbers are padded to
-one width before the columns are walked. The result line repeats the written digits in reverse.
+never changes: ``7+8+0=15`` (digit, digit, carry in; carry out and digit written), ``7-8-0=b1 9`` (the same with a borrow)
+and ``4*8=32+5=37`` (digit, digit, product, carry in, sum: carry out and digit written). The carry stands before the
+digit: given it, the digit is a linear function of the others, and without it modular addition, which a small model may
+not learn in ten times as many steps. Numbers are padded to one width before the columns are walked. The result line
+repeats the written digits in reverse.
 """
 
 import random
@@ -21,15 +23,14 @@ DRILLED_OPERATORS: dict[str, tuple[str, ...]] = {
 
 
 def addition_column(first: int, second: int, carry: int) -> str:
-    """``7+8+0=5 c1``: two digits and the carry in; the digit written and the carry out."""
-    total = first + second + carry
-    return f"{first}+{second}+{carry}={total % 10} c{total // 10}"
+    """``7+8+0=15``: two digits and the carry in; the carry out and the digit written."""
+    return f"{first}+{second}+{carry}={first + second + carry:02d}"
 
 
 def subtraction_column(first: int, second: int, borrow: int) -> str:
-    """``7-8-0=9 b1``: two digits and the borrow in; the digit written and the borrow out."""
+    """``7-8-0=b1 9``: two digits and the borrow in; the borrow out and the digit written."""
     difference = first - second - borrow
-    return f"{first}-{second}-{borrow}={difference % 10} b{int(difference < 0)}"
+    return f"{first}-{second}-{borrow}=b{int(difference < 0)} {difference % 10}"
 
 
 def product_column(digit: int, factor: int, carry: int) -> str:

@@ -13,7 +13,7 @@ from qwen3_lit.curation.response_filter import (
 from qwen3_lit.errors import UserError
 
 CONFIG = ResponseFilterConfig()
-STEPS = "47+38\n7+8+0=5 c1\n4+3+1=8 c0\n85"
+STEPS = "47+38\n7+8+0=15\n4+3+1=08\n85"
 
 
 def test_sound_response_passes() -> None:
@@ -33,7 +33,7 @@ def test_repetition() -> None:
     assert check_repetition(STEPS + "\n" + loop * 8, "85", CONFIG) == "repetition"
     assert check_repetition(STEPS, "85\n" * 6, CONFIG) == "repetition"
     assert check_repetition(STEPS + "\n" + loop * 2, "85", CONFIG) is None
-    assert check_repetition("111+111\n" + "1+1+0=2 c0\n" * 3 + "222", "222", CONFIG) is None
+    assert check_repetition("111+111\n" + "1+1+0=02\n" * 3 + "222", "222", CONFIG) is None
     assert repeated_share("a b c d e f " * 3, 6, 4) == 0.0
 
 
