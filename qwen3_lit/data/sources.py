@@ -19,7 +19,7 @@ import os
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +33,8 @@ _HUB_ROW_BYTES = 2048
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules", "site-packages", "dist-packages", "venv", "build"})
 _STDLIB_SKIPPED = frozenset({"test", "tests", "idle_test", "ensurepip", "lib2to3", "lib-dynload", "turtledemo"})
 _PACKAGES_SKIPPED = frozenset({"test", "tests", "testing", "_vendor", "vendored"})
+_OWN = "qwen3_lit-"
+"""How this package's own metadata folder begins: its README is in there, and editing it would move the corpus."""
 _LICENSE_NAMES = ("license", "licence", "copying", "notice", "authors", "record", "top_level", "entry_points")
 
 
@@ -77,6 +79,8 @@ class Unit:
     start: int = 0
     stop: int = -1
     file_bytes: int = -1
+    name: str = ""
+    """What the source calls it: the path below the given folder. Orders hang on it, not on where the folder lies."""
 
     def as_row(self) -> list[Any]:
         return list(astuple(self))
@@ -106,8 +110,16 @@ def list_units(paths: Sequence[str], reader: FileReader, options: SourceOptions)
             key = (unit.kind, unit.path, unit.start)
             if key not in seen:
                 seen.add(key)
-                units.append(unit)
+                units.append(replace(unit, name=_name_below(path, unit.path)))
     return units
+
+
+def _name_below(source: str, path: str) -> str:
+    if source.startswith("hub:"):
+        return path
+    roots = {"python:stdlib": "stdlib", "python:site-packages": "purelib"}
+    root = sysconfig.get_path(roots[source]) if source in roots else os.path.realpath(source)
+    return os.path.relpath(path, root if os.path.isdir(root) else os.path.dirname(root))
 
 
 def _list_path(path: str, reader: FileReader, options: SourceOptions) -> Iterator[Unit]:
@@ -194,7 +206,7 @@ def _list_python(
 ) -> Iterator[Unit]:
     for file in _walk(root, skipped | {"__pycache__", "site-packages", "dist-packages"}):
         relative = file.relative_to(root).as_posix()
-        if not _wanted(relative, options) or not reader.accepts(file):
+        if relative.startswith(_OWN) or not _wanted(relative, options) or not reader.accepts(file):
             continue
         is_module = file.suffix == ".py"
         is_documentation = file.suffix.lower() in {".md", ".rst", ".txt"} or file.name == "METADATA"
@@ -348,15 +360,15 @@ def _line_place(path: str, offset: int) -> str:
 def make_shards(units: Sequence[Unit], seed: int, shard_bytes: int | None = None) -> list[list[Unit]]:
     """Groups units into shards of about ``shard_bytes`` (1 to 64 MB, by corpus size, when not given).
 
-    The order is a hash of (seed, unit), so that each shard, and each prefix of the shards, is a fair sample of the
-    sources; it depends on nothing else, not on the number of workers.
+    The order is a hash of (seed, unit's name and start), so that each shard, and each prefix of the shards, is a fair
+    sample of the sources; it depends on nothing else, not on the number of workers or on where the sources lie.
     """
     if shard_bytes is None:
         shard_bytes = min(max(sum(unit.size for unit in units) // 64, 1 << 20), 64 << 20)
 
     def order(unit: Unit) -> bytes:
         return hashlib.blake2b(
-            f"{seed} {unit.path} {unit.start}".encode(errors="surrogateescape"), digest_size=8
+            f"{seed} {unit.name} {unit.start}".encode(errors="surrogateescape"), digest_size=8
         ).digest()
 
     shards: list[list[Unit]] = [[]]

@@ -131,6 +131,18 @@ def test_shards_partition_the_units_and_depend_on_the_seed(tmp_path: Path) -> No
     assert shards != make_shards(units, 1, shard_bytes=500)
 
 
+def test_the_order_does_not_hang_on_where_the_folder_lies(tmp_path: Path) -> None:
+    orders = []
+    for place in ("here", "far/away"):
+        folder = tmp_path / place
+        for i in range(30):
+            (folder / f"{i % 3}").mkdir(parents=True, exist_ok=True)
+            (folder / f"{i % 3}" / f"{i}.md").write_text(f"document {i} " * 20)
+        texts = sample_texts([str(folder)], READER, SourceOptions(), max_bytes=5_000)
+        orders.append([text for text in texts if text.startswith("document")])
+    assert orders[0] == orders[1] and orders[0]
+
+
 def test_sample_is_repeatable_and_limited(tmp_path: Path) -> None:
     for i in range(40):
         (tmp_path / f"{i}.txt").write_text(f"{i} " * 50)
