@@ -34,6 +34,8 @@ class GeneralOptions:
     """Most digits of a number that the calculator gets."""
     not_stated_share: float = 0.3
     """Share of ``grounded_qa`` questions that the context does not answer."""
+    no_think_share: float = 0.0
+    """Share of the problems without a mode of their own that end in ``/no_think``; dialogs never have flags."""
 
     def __post_init__(self) -> None:
         for name in ("max_words", "max_items", "context_facts", "max_turns", "digits"):
@@ -41,8 +43,9 @@ class GeneralOptions:
                 raise UserError(f"option {name}={getattr(self, name)!r}: expected a whole number of 1 or more")
         if self.context_facts > 8:
             raise UserError(f"option context_facts={self.context_facts}: the colors and places allow at most 8")
-        if not 0 <= self.not_stated_share <= 1:
-            raise UserError(f"option not_stated_share={self.not_stated_share}: expected a share between 0 and 1")
+        for name in ("not_stated_share", "no_think_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"option {name}={getattr(self, name)}: expected a share between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -148,17 +151,21 @@ def general_items(
 
 def general_problem_records(request: SynthesisRequest) -> Iterator[Record]:
     """Stream problem records of the general tasks. Options: those of ``GeneralOptions`` and ``unique`` (false)."""
-    unique = request.option("unique", False)
-    for task, item in general_items(request, general_options(request, ("unique",)), unique):
+    options = general_options(request, ("unique",))
+    flags = stream("general flags", request.split, request.seed)
+    for task, item in general_items(request, options, request.option("unique", False)):
+        mode, messages = item.mode, item.messages
+        if mode is None and flags.random() < options.no_think_share:
+            mode, messages = "no_think", [*messages[:-1], user(f"{messages[-1]['content']} /no_think")]
         record: Record = {
-            "messages": item.messages,
+            "messages": messages,
             "answer": item.gold if item.reference is None else item.reference,
             "task": task,
             "metadata": item.metadata,
             "split": request.split,
         }
-        if item.mode is not None:
-            record["mode"] = item.mode
+        if mode is not None:
+            record["mode"] = mode
         if item.tools is not None:
             record["tools"] = item.tools
         yield record

@@ -91,6 +91,16 @@ def test_last_flag_decides_the_mode_and_both_modes_occur() -> None:
         assert requested_mode(record["messages"]) is None
 
 
+def test_problems_without_a_mode_may_ask_for_no_thinking() -> None:
+    request = SynthesisRequest(count=200, tasks=("word_count", "mode_flags"), options={"no_think_share": 0.5})
+    modes: Counter[str | None] = Counter()
+    for record in synthesize("general_problems", request):
+        assert requested_mode(record["messages"]) == record.get("mode")
+        if record["task"] == "word_count":
+            modes[record.get("mode")] += 1
+    assert set(modes) == {"no_think", None} and min(modes.values()) >= 30
+
+
 def test_grounded_questions_are_partly_unanswerable() -> None:
     request = SynthesisRequest(count=200, tasks=("grounded_qa",))
     records = list(synthesize("general_problems", request))
