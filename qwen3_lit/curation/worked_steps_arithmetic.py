@@ -1,11 +1,11 @@
 """Column arithmetic written out digit by digit: addition, subtraction, multiplication, greatest common divisor.
 
 Every column is one line with a fixed layout, units first, so that the position of each digit relative to the others
-never changes: ``7+8+0=15`` (digit, digit, carry in; carry out and digit written), ``7-8-0=b1 9`` (the same with a borrow)
-and ``4*8=32+5=37`` (digit, digit, product, carry in, sum: carry out and digit written). The carry stands before the
-digit: given it, the digit is a linear function of the others, and without it modular addition, which a small model may
-not learn in ten times as many steps. Numbers are padded to one width before the columns are walked. The result line
-repeats the written digits in reverse.
+never changes: ``7+8+0=15`` (digit, digit, carry in; carry out and digit written), ``7-8-0=b1 9`` (borrow likewise) and
+``4*8=32+5=37`` (digit, digit, product, carry in, sum: carry out and digit written). The carry stands before the digit:
+given it, the digit is a linear function of the others; without it, modular addition, of which a small model may know
+nothing after 1,000 steps where 500 suffice so. Numbers are padded to one width before the columns are walked. The
+result line repeats the written digits in reverse.
 """
 
 import random
