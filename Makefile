@@ -19,9 +19,12 @@ help:
 # It records the folder, because a virtual environment does not survive being moved.
 $(STAMP): pyproject.toml
 	@command -v "$(PYTHON)" >/dev/null 2>&1 || { echo "make: $(PYTHON) was not found; install Python >= 3.11 or say PYTHON=/path/to/python3" >&2; exit 2; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is $$("$(PYTHON)" -V 2>&1); this project needs Python >= 3.11: say PYTHON=python3.12 make ..." >&2; exit 2; }
+	@version=$$("$(PYTHON)" -c 'import sys; sys.stdout.write("%d.%d" % sys.version_info[:2])' 2>/dev/null); case "$$version" in \
+	  3.1[1-9]|3.[2-9]?) ;; \
+	  [0-9].*) echo "make: $(PYTHON) is Python $$version; this project needs Python >= 3.11: say PYTHON=python3.12 make ..." >&2; exit 2 ;; \
+	  *) echo "make: $(PYTHON) is no Python interpreter; say PYTHON=/path/to/python3 make ..." >&2; exit 2 ;; esac
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) cannot make virtual environments; install its venv package (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
-	@[ -x $(RUN)/python ] || "$(PYTHON)" -m venv $(VENV)
+	@$(RUN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@pwd > $(STAMP)
 

@@ -5,21 +5,26 @@ routing of a random router), the head's cross-entropy and, for ours alone, the b
 made anew in every step, as after ``zero_grad``; no optimizer. ``rollout``: the in-process engine on Qwen3-0.6B's shape,
 sampling at temperature 1 to a fixed length.
 
+A row of ours carries the attention that ran: ``ours compile flash`` (the flash-attn package, whose version is in the
+row's column ``opponent``), ``ours compile triton`` or ``ours compile sdpa``. ``--attention auto`` is what a training
+run gets.
+
 FLOPs are the model's (``qwen3_lit.model.cost``): 6 x active weights and causal attention. The first step is timed from
 the call to its end, in a process that begins with empty caches of torch.compile and Triton; models run one after the
-other, so the first shape of a model is the cold one.
+other, so the first shape of a model is the cold one. Models of ours share kernels: only the first of them is cold.
 """
 
 import argparse
 import contextlib
 import gc
 import importlib.metadata
+import inspect
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +41,7 @@ import torch
 import yaml
 from measure import status_of
 from qwen3_kernels import dispatch
+from qwen3_kernels import dual_chunk_attention_flash as flash_attn
 from timing import Ceilings, measure_ceilings
 from torch import Tensor
 
@@ -48,6 +54,7 @@ from qwen3_lit.model.cost import training_flops
 from qwen3_lit.model.hf_config import hf_config_dict
 from qwen3_lit.model.transformer import Qwen3
 
+ATTENTION = "dual_chunk_attention"
 SIZES = Path(__file__).resolve().parents[1] / "recipes" / "size"
 TINY = {"vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 TINY |= {"intermediate_size": 128, "moe_intermediate_size": 32}
@@ -105,9 +112,11 @@ def build(make: Callable[[], torch.nn.Module], device: torch.device) -> Any:
         torch.set_default_dtype(before)
 
 
-def our_step(config: ModelConfig, batch: Batch, device: torch.device, compile_blocks: bool) -> Callable[[], Tensor]:
+def our_step(
+    config: ModelConfig, batch: Batch, device: torch.device, compile_blocks: bool, attention: str
+) -> Callable[[], Tensor]:
     """Forward and backward of ours, balance loss included."""
-    model = build(lambda: Qwen3(config), device)
+    model = build(lambda: Qwen3(replace(config, attention_backend=attention)), device)
     if compile_blocks:
         model.compile_blocks(fullgraph=device.type == "cuda", backend="inductor" if device.type == "cuda" else "eager")
     balance, inputs, targets_T = GlobalBatchBalance(0.001), batch.packed, batch.targets_T
@@ -150,23 +159,46 @@ def their_step(config: ModelConfig, batch: Batch, device: torch.device, liger: b
     return step
 
 
-def training_contenders(options: argparse.Namespace) -> dict[str, Callable[..., Callable[[], Tensor]]]:
+def training_contenders(
+    options: argparse.Namespace, attentions: Sequence[str]
+) -> Mapping[str, Callable[..., Callable[[], Tensor]]]:
     """How each builds a step; Liger last of theirs, since it replaces parts of transformers for good."""
-    known = {
+    theirs = {
         "transformers": partial(their_step, liger=False),
         "transformers+liger": partial(their_step, liger=True),
-        "ours eager": partial(our_step, compile_blocks=False),
-        "ours compile": partial(our_step, compile_blocks=True),
     }
-    wanted = {*options.opponents, *(f"ours {name}" for name in options.ours)}
-    return {name: make for name, make in known.items() if name in wanted}
+    ours = {
+        " ".join(["ours", mode, attention, *options.prefer]): partial(
+            our_step, compile_blocks=mode == "compile", attention=attention
+        )
+        for mode in options.ours
+        for attention in attentions
+    }
+    return {name: make for name, make in theirs.items() if name in options.opponents} | ours
 
 
-def run_training(options: argparse.Namespace, device: torch.device, ceilings: Ceilings) -> list[record.Row]:
+def attention_that_runs(backend: str, device: torch.device) -> str:
+    """The implementation behind ``auto``, or the one that is named, which fails in its row where it does not fit."""
+    if backend != "auto":
+        return backend
+    config = read_size("30b_a3b", device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q_THC = torch.empty(1, config.num_attention_heads, config.head_dim, device=device, dtype=dtype)
+    chosen = inspect.unwrap(dispatch.choose(ATTENTION, q_THC, chunked=False))
+    for name in dispatch.implementations(ATTENTION):
+        with contextlib.suppress(ValueError):
+            if inspect.unwrap(dispatch.choose(ATTENTION, q_THC, name, chunked=False)) is chosen:
+                return name
+    raise AssertionError(f"{ATTENTION}: {chosen} has no name")
+
+
+def run_training(
+    options: argparse.Namespace, device: torch.device, ceilings: Ceilings, attentions: Sequence[str]
+) -> list[record.Row]:
     """Time every contender on every batch."""
     config = read_size("30b_a3b", device, num_hidden_layers=options.layers)
     rows = []
-    for name, make in training_contenders(options).items():
+    for name, make in training_contenders(options, attentions).items():
         for shape in options.shape:
             documents, length = map(int, shape.split("x"))
             batch = Batch.random(documents, length, config.vocab_size, device)
@@ -192,7 +224,7 @@ def run_training(options: argparse.Namespace, device: torch.device, ceilings: Ce
 
 
 def timed(row: record.Row, step: Callable[[], Tensor], steps: int, device: torch.device, tokens: int) -> record.Row:
-    """``row`` with the first step, the median of the others, and the peak of all memory, weights included."""
+    """``row`` with the first step, what ``timings`` gives, and the share of the ceiling."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     first = seconds(step, device)
@@ -200,42 +232,50 @@ def timed(row: record.Row, step: Callable[[], Tensor], steps: int, device: torch
         loss = step()
     if not torch.isfinite(loss):
         raise ValueError(f"the loss is {loss.item()}")
-    samples = sorted(seconds(step, device) for _ in range(steps))
-    median = statistics.median(samples)
+    row = timings(row, step, steps, device, tokens)
     print(f"  {row.implementation}: loss {loss.item():.4f}", flush=True)
-    assert row.flops is not None and row.matmul_ceiling_tflops is not None
-    tflops = row.flops / median / 1e12
+    assert row.flops is not None and row.matmul_ceiling_tflops is not None and row.median_ms is not None
+    tflops = row.flops / row.median_ms / 1e9
+    return replace(row, tflops=tflops, share_of_ceiling=tflops / row.matmul_ceiling_tflops, first_step_s=first)
+
+
+def timings(row: record.Row, call: Callable[[], object], runs: int, device: torch.device, tokens: int) -> record.Row:
+    """``row`` with median, 20th and 80th percentile of ``runs``, and the peak of all memory, weights included."""
+    samples = sorted(seconds(call, device) for _ in range(runs))
+    median = statistics.median(samples)
     return replace(
         row,
         median_ms=1e3 * median,
-        p20_ms=1e3 * samples[round(0.2 * (steps - 1))],
-        p80_ms=1e3 * samples[round(0.8 * (steps - 1))],
-        tflops=tflops,
-        share_of_ceiling=tflops / row.matmul_ceiling_tflops,
+        p20_ms=1e3 * samples[round(0.2 * (runs - 1))],
+        p80_ms=1e3 * samples[round(0.8 * (runs - 1))],
         peak_extra_mb=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
         tokens_per_s=tokens / median,
-        first_step_s=first,
     )
 
 
-def run_rollout(options: argparse.Namespace, device: torch.device, ceilings: Ceilings) -> list[record.Row]:
-    """Sample ``--prompts`` completions with each engine."""
+def run_rollout(
+    options: argparse.Namespace, device: torch.device, ceilings: Ceilings, attentions: Sequence[str]
+) -> list[record.Row]:
+    """Sample ``--prompts`` completions with each engine; attention is that of the prompts."""
     config = read_size("0_6b", device)
     prompts = torch.randint(config.vocab_size, (options.prompts, options.prompt_length), device=device)
-    engines = {"transformers": their_engine, "ours": our_engine}
+    makers = {"transformers": partial(their_engine, config)} if "transformers" in options.opponents else {}
+    if options.ours:
+        for attention in attentions:
+            name = " ".join(["ours", attention, *options.prefer])
+            makers[name] = partial(our_engine, replace(config, attention_backend=attention))
     rows = []
-    for name in ["transformers"] * ("transformers" in options.opponents) + ["ours"] * bool(options.ours):
+    for name, make in makers.items():
         shape = f"{options.prompts}x({options.prompt_length}+{options.new_tokens})"
         row = record.new_row(
             device, op="rollout_0_6b", implementation=name, shape=shape, direction="forward", opponent=version(name)
         )
         try:
-            generate = engines[name](config, prompts, options.new_tokens, device)
-            first = seconds(generate, device)
-            elapsed = seconds(generate, device)
-            peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-            rate = options.prompts * options.new_tokens / elapsed
-            row = replace(row, median_ms=1e3 * elapsed, tokens_per_s=rate, first_step_s=first, peak_extra_mb=peak)
+            generate = make(prompts, options.new_tokens, device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            row = replace(row, first_step_s=seconds(generate, device))
+            row = timings(row, generate, options.repeats, device, options.prompts * options.new_tokens)
         except Exception as problem:  # an engine that cannot run is a result
             row = replace(row, status=status_of(problem))
         rows.append(row)
@@ -300,8 +340,10 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def version(name: str) -> str:
-    """The packages behind a contender that is not ours."""
+    """The packages behind a contender, as far as they are neither ours nor torch."""
     packages = {"transformers": ["transformers"], "transformers+liger": ["transformers", "liger-kernel"]}.get(name, [])
+    if "flash" in name.split():
+        packages = ["flash-attn" if flash_attn.VERSION == 2 else f"flash-attn-{flash_attn.VERSION}"]
     installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
     return " ".join(f"{package} {installed.get(package, 'missing')}" for package in packages)
 
@@ -334,11 +376,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=("train", "rollout"))
     parser.add_argument("--ours", nargs="*", choices=("eager", "compile"), default=["compile"])
     parser.add_argument(
+        "--attention", nargs="+", choices=("auto", "flash", "triton", "sdpa"), default=["auto"], help="of ours"
+    )
+    parser.add_argument(
         "--opponents", nargs="*", choices=("transformers", "transformers+liger"), default=["transformers+liger"]
     )
     parser.add_argument("--shape", nargs="+", default=["4x4096", "1x32768"], help="documents x length, of train")
     parser.add_argument("--layers", type=int, default=8, help="of train")
     parser.add_argument("--steps", type=int, default=10, help="of train, after three that warm up")
+    parser.add_argument("--repeats", type=int, default=3, help="of rollout, after one that warms up")
     parser.add_argument("--prompts", type=int, default=256, help="of rollout")
     parser.add_argument("--prompt-length", type=int, default=128, help="of rollout")
     parser.add_argument("--new-tokens", type=int, default=256, help="of rollout")
@@ -347,12 +393,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="append here")
     parser.add_argument("--keep-caches", action="store_true", help="compile into the usual caches")
     options = parser.parse_args(arguments)
+    if any(pair.startswith(f"{ATTENTION}=") for pair in options.prefer):
+        parser.error(f"--prefer {ATTENTION}=...: say --attention, which goes into the name of the row")
     device = torch.device(options.device)
+    if options.csv is not None:
+        record.ready(options.csv)
+    attentions = [attention_that_runs(backend, device) for backend in options.attention]
     ceilings = measure_ceilings(device)
     with contextlib.ExitStack() as forced:
         for pair in options.prefer:
             forced.enter_context(dispatch.prefer(*pair.split("=", 1)))
-        rows = {"train": run_training, "rollout": run_rollout}[options.what](options, device, ceilings)
+        rows = {"train": run_training, "rollout": run_rollout}[options.what](options, device, ceilings, attentions)
     return int(any(row.status != "ok" and row.implementation.startswith("ours") for row in rows))
 
 

@@ -1,10 +1,11 @@
 """Dual chunk attention composed of flash-attention calls: what one can have without a fused kernel, exact gradients.
 
 Every chunk of queries calls attention up to three times, over its own chunk (causal), the one before, and all older
-ones, with its query at another position each time; the parts are merged by their logsumexp. ``TwoPass`` uses the
-flash-attention 2 of torch, which gives no gradient of the logsumexp: its backward pass calls each part's backward with
-the merged output and logsumexp, which is the gradient of the union (as ring attention does). flash-attention 4
-differentiates the logsumexp itself.
+ones, with its query at another position each time; the parts are merged by their logsumexp. ``TwoPass`` uses what is
+behind torch's SDPA, ``aten::_flash_attention_forward`` (torch's own build of flash-attention 2, not the flash-attn
+package), which gives no gradient of the logsumexp: its backward pass calls each part's backward with the merged output
+and logsumexp, which is the gradient of the union (as ring attention does). flash-attention 4 differentiates the
+logsumexp itself.
 
 Legend: B documents of equal length, L their tokens, H query heads, G kv heads, C head width, R = C / 2.
 """
@@ -49,7 +50,7 @@ def merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class TwoPass(torch.autograd.Function):
-    """The merged result of torch's flash-attention 2 over q by regime, k and v."""
+    """The merged result of ``aten::_flash_attention_forward`` over q by regime, k and v."""
 
     @staticmethod
     def forward(
@@ -90,8 +91,8 @@ class TwoPass(torch.autograd.Function):
         return *grads_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
 
 
-def flash_2(q: Tensor, k: Tensor, v: Tensor, inv_freq_R: Tensor, chunk_size: int, chunk_len: int) -> Tensor:
-    """[B, L, H, C] out of torch's flash-attention 2."""
+def aten_flash(q: Tensor, k: Tensor, v: Tensor, inv_freq_R: Tensor, chunk_size: int, chunk_len: int) -> Tensor:
+    """[B, L, H, C] out of torch's internal flash attention."""
     return TwoPass.apply(*queries_by_regime(q, inv_freq_R, chunk_size, chunk_len), k, v, chunk_len)  # type: ignore[no-any-return]
 
 

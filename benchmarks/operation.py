@@ -9,7 +9,7 @@ import importlib
 import importlib.metadata
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class Contender:
     only_shapes: Callable[[Shape], str | None] = lambda shape: None
     """Why it can't take a shape, or None."""
     on_request: bool = False
-    """Runs only where it is named: it would take minutes to start."""
+    """Runs only where it is named: it takes long, and no reader waits for its figure."""
     tolerance: float | None = None
     """Where it is documented to be less exact than ``Operation.tolerance`` asks."""
     ours: bool = False
@@ -54,7 +54,8 @@ class Operation:
 
     name: str
     shapes: Mapping[str, Shape]
-    """By name; those that begin with ``tiny`` are for a CPU."""
+    """By name. Those that begin with ``tiny`` (for a CPU) or ``check`` run only where they are named. ``check`` shapes
+    are small enough for ``memcheck.sh`` and lie in the launch buckets that ``tiny`` does not reach."""
     make_inputs: Callable[[Shape, torch.device, torch.dtype, torch.Generator], Inputs]
     """Fresh random inputs; floating-point activations and weights in the given type."""
     truth: Call
@@ -67,14 +68,20 @@ class Operation:
     directions: Callable[[Shape], tuple[str, ...]] = lambda shape: DIRECTIONS
     """Which of them are timed at a shape."""
     slow_shapes: tuple[str, ...] = ()
-    """Shapes that run only where they are named."""
+    """More shapes that run only where they are named."""
     check_shape: Callable[[Shape], Shape] = lambda shape: shape
-    """The shape at which a contender is compared with the truth, where float32 would not fit at the timed one."""
+    """The shape at which a contender is compared with the truth: the timed one, unless float32 would not fit there."""
     tolerance: float = 2e-2
     """Largest ``|out - truth| / |truth|`` of any output or gradient in bfloat16; float32 must reach 1e-3."""
+    tolerances: Mapping[str, float] = field(default_factory=dict)
+    """Other ones, by the name of an output or of a gradient (``d name``)."""
+
+    def runs_unasked(self, shape_name: str) -> bool:
+        """Whether a run that names no shapes takes this one."""
+        return not shape_name.startswith(("tiny", "check")) and shape_name not in self.slow_shapes
 
 
-def every_implementation(op: str, call: Call) -> dict[str, Contender]:
+def every_implementation(op: str, call: Call, on_request: tuple[str, ...] = ()) -> dict[str, Contender]:
     """The implementations that ``dispatch`` knows of ``op``, each forced by its name; ``call`` calls the public op."""
 
     def forced(name: str) -> Contender:
@@ -82,14 +89,14 @@ def every_implementation(op: str, call: Call) -> dict[str, Contender]:
             with dispatch.prefer(op, name):
                 return call(inputs)
 
-        return Contender(lambda: run, ours=True)
+        return Contender(lambda: run, ours=True, on_request=name in on_request)
 
     return {name: forced(name) for name in dispatch.implementations(op)}
 
 
 def compiled(call: Call) -> Contender:
-    """``call`` through ``torch.compile``."""
-    return Contender(lambda: torch.compile(call))
+    """``call`` through ``torch.compile``, anew for every shape: code for any shape is slower."""
+    return Contender(lambda: torch.compile(call, dynamic=False))
 
 
 def version_of(contender: Contender) -> str:

@@ -21,7 +21,7 @@ from record import FOLDER, Row, read
 
 OURS_COLOUR, BEST_COLOUR, OTHER_COLOUR = "#0b6e4f", "#444444", "#b9bec5"
 MARKERS = "os^vDPX<>*"
-OUR_KERNELS = ("triton", "mixed")
+OUR_KERNELS = ("triton", "mixed", "ours")
 """What else ``dispatch`` knows is torch's or another package's work behind our interface."""
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = "benchmarks/results"
+FOLDER = ROOT / RESULTS
 
 
 @dataclass
@@ -25,9 +28,9 @@ class Row:
     torch: str = ""
     triton: str = ""
     opponent: str = ""
-    """Package and version of what is measured, where it is not ours or torch's."""
+    """Packages and versions behind what is measured, other than ours and torch."""
     commit: str = ""
-    """Short hash, with ``+dirty`` where tracked files differ from it."""
+    """Short hash, with ``+dirty`` where the tree, new files included, differs from it."""
     op: str = ""
     implementation: str = ""
     shape: str = ""
@@ -49,7 +52,7 @@ class Row:
     peak_extra_mb: float | None = None
     """Device memory on top of the inputs; of a whole training step or rollout all of it, weights included."""
     error: float | None = None
-    """Largest |out - truth| / |truth| over outputs and gradients."""
+    """Largest |out - truth| / |truth| of what the direction computes: outputs, gradients or both."""
     tokens_per_s: float | None = None
     first_step_s: float | None = None
     """Seconds until the first step was done, compilation included."""
@@ -68,26 +71,41 @@ def results_file(device: torch.device) -> Path:
     return FOLDER / (re.sub(r"[^a-z0-9]+", "_", device_name(device).lower()).strip("_") + ".csv")
 
 
+@functools.cache
 def commit() -> str:
-    """The state of the source; ``BENCHMARK_COMMIT`` where the folder is a copy without history."""
+    """The state of the source when the process began, results aside; it is never filled in afterwards.
+
+    ``BENCHMARK_COMMIT`` where the folder is a copy without history; empty where neither is known.
+    """
     given = os.environ.get("BENCHMARK_COMMIT")
     if given:
         return given
-    folder = Path(__file__).parent
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        folder, head = _git("rev-parse", "--show-toplevel", "--short", "HEAD").splitlines()
+        if Path(folder) != ROOT:  # a copy inside of another repository
+            return ""
+        changes = _git("status", "--porcelain", "--", ".", f":!{RESULTS}")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+dirty" if changes.strip() else "")
+        return ""
+    return head + ("+dirty" if changes else "")
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def ready(path: Path) -> None:
+    """Asked before anything is measured: raises ValueError where a row could not be added to ``path`` afterwards."""
+    if not commit():
+        raise ValueError(
+            f"{path}: the commit of these rows is unknown, because {ROOT} has no history; set BENCHMARK_COMMIT to what "
+            "`python benchmarks/record.py` prints where it has"
+        )
+    if path.exists() and path.stat().st_size:
+        with path.open(newline="") as file:
+            header = next(csv.reader(file))
+        if header != COLUMNS:
+            raise ValueError(f"{path}: its columns are {header}, expected {COLUMNS}; move the file away")
 
 
 def new_row(device: torch.device, **values: object) -> Row:
@@ -101,13 +119,9 @@ def new_row(device: torch.device, **values: object) -> Row:
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a CSV file; raises ValueError where the file has other columns."""
+    """Add rows to a CSV file; raises ValueError where it is not ``ready``."""
+    ready(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.stat().st_size:
-        with path.open(newline="") as file:
-            header = next(csv.reader(file))
-        if header != COLUMNS:
-            raise ValueError(f"{path}: its columns are {header}, expected {COLUMNS}; move the file away")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if not file.tell():
@@ -131,3 +145,7 @@ def read(paths: Iterable[Path]) -> list[Row]:
                     Row(**{n: v if kinds[n] is str else float(v) if v else None for n, v in values.items()})  # type: ignore[arg-type]
                 )
     return rows
+
+
+if __name__ == "__main__":
+    print(commit())

@@ -1,18 +1,20 @@
 """Check and time operations beside their alternatives: ``python benchmarks/run.py [OPERATION ...]``.
 
-Every contender is first compared with the float32 definition (outputs and every gradient, fresh random inputs); what
-is wrong is not timed. A contender that is not installed, does not fit or runs out of memory is a row with the reason.
-The ceilings, a large copy and an 8,192-cubed bfloat16 product, are measured once a run.
+Every contender is first compared with the float32 definition (outputs and every gradient, fresh random inputs, the
+timed shape where it fits); what is wrong is not timed. A contender that is not installed, does not fit or runs out of
+memory is a row with the reason. The ceilings, a large copy and an 8,192-cubed bfloat16 product, are measured once a
+run. ``--check-only`` compares and times nothing; ``memcheck.sh`` does that under compute-sanitizer, at small shapes
+that reach every launch bucket.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import record
 import torch
-from measure import measure
+from measure import Check, measure, verdict
 from operation import DIRECTIONS, QWEN3_30B_A3B, Operation, operations
 from timing import measure_ceilings
 
@@ -24,10 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("operation", nargs="*", metavar="OPERATION", help=f"default: all of {', '.join(known)}")
     parser.add_argument("--list", action="store_true", help="operations, their shapes and contenders, then stop")
     parser.add_argument("--only", action="append", default=[], metavar="CONTENDER", help="this one (repeatable)")
-    parser.add_argument("--shape", action="append", default=[], help="this shape (repeatable); default: all but tiny")
+    parser.add_argument("--shape", action="append", default=[], help="this shape (repeatable); see --list")
     parser.add_argument("--direction", action="append", choices=DIRECTIONS, help="default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=0.4, help="spent on timing one row")
+    parser.add_argument("--check-only", action="store_true", help="one line a contender: ok, or what is wrong")
     parser.add_argument(
         "--csv", type=Path, nargs="?", const="", default=None, help="append here; without a path results/<gpu>.csv"
     )
@@ -40,28 +43,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_list(chosen)
         return 0
     device = torch.device(options.device)
+    if options.check_only:
+        return check_only(chosen, options, device)
     csv = record.results_file(device) if options.csv == Path("") else options.csv
+    if csv is not None:
+        record.ready(csv)
     ceilings = measure_ceilings(device)
     print(
         f"{record.device_name(device)}: copy {ceilings.copy_gbps:.0f} GB/s, "
         f"product {ceilings.matmul_tflops:.1f} TFLOP/s"
     )
     failed = False
-    for operation in chosen:
-        shapes = options.shape or [
-            name for name in operation.shapes if not name.startswith("tiny") and name not in operation.slow_shapes
-        ]
-        for shape_name in (name for name in shapes if name in operation.shapes):
-            for name, contender in operation.contenders.items():
-                if name in options.only or not (options.only or contender.on_request):
-                    rows = measure(
-                        operation, shape_name, name, ceilings, device, options.direction or DIRECTIONS, options.seconds
-                    )
-                    print_rows(rows)
-                    failed |= contender.ours and any(row.status.startswith(("wrong", "failed")) for row in rows)
-                    if csv is not None:
-                        record.append(csv, rows)
+    for check, name in asked_for(chosen, options, device):
+        rows = measure(check, name, ceilings, options.direction or DIRECTIONS, options.seconds)
+        print_rows(rows)
+        ours = check.operation.contenders[name].ours
+        failed |= ours and any(row.status.startswith(("wrong", "failed")) for row in rows)
+        if csv is not None:
+            record.append(csv, rows)
     return int(failed)
+
+
+def asked_for(
+    chosen: Sequence[Operation], options: argparse.Namespace, device: torch.device
+) -> Iterator[tuple[Check, str]]:
+    """Contenders by name, each with the check of its operation and shape."""
+    for operation in chosen:
+        for shape_name in operation.shapes:
+            if shape_name in options.shape or (not options.shape and operation.runs_unasked(shape_name)):
+                check = Check(operation, shape_name, device)
+                for name, contender in operation.contenders.items():
+                    if name in options.only or not (options.only or contender.on_request):
+                        yield check, name
+
+
+def check_only(chosen: Sequence[Operation], options: argparse.Namespace, device: torch.device) -> int:
+    """Exit code 1 where something of ours was wrong or failed, or nothing of ours was right."""
+    found = []
+    for check, name in asked_for(chosen, options, device):
+        said = verdict(check, name)
+        print(f"{check.operation.name:<20} {check.shape_name:<24} {name:<24} {said}", flush=True)
+        if check.operation.contenders[name].ours:
+            found.append(said)
+    wrong = [said for said in found if not said.startswith(("ok", "skipped"))]
+    return int(bool(wrong) or not any(said.startswith("ok") for said in found))
 
 
 def print_list(chosen: Sequence[Operation]) -> None:
@@ -70,8 +95,8 @@ def print_list(chosen: Sequence[Operation]) -> None:
         print(operation.name)
         for name, shape in operation.shapes.items():
             sizes = {key: size for key, size in shape.items() if QWEN3_30B_A3B.get(key) != size}
-            slow = f"  (only where named: --shape {name})" if name in operation.slow_shapes else ""
-            print(f"  shape {name:<20} {' '.join(f'{key}={size}' for key, size in sizes.items())}{slow}")
+            asked = "" if operation.runs_unasked(name) else f"  (only where named: --shape {name})"
+            print(f"  shape {name:<24} {' '.join(f'{key}={size}' for key, size in sizes.items())}{asked}")
         for name, contender in operation.contenders.items():
             print(f"  contender {name}{' (only where named: --only ' + name + ')' if contender.on_request else ''}")
 
@@ -79,7 +104,7 @@ def print_list(chosen: Sequence[Operation]) -> None:
 def print_rows(rows: Sequence[record.Row]) -> None:
     """One line a row."""
     for row in rows:
-        head = f"{row.op:<20} {row.shape:<20} {row.implementation:<24} {row.direction:<8}"
+        head = f"{row.op:<20} {row.shape:<24} {row.implementation:<24} {row.direction:<8}"
         if row.status != "ok":
             print(f"{head} {row.status}", flush=True)
             continue

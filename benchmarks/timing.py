@@ -1,9 +1,10 @@
 """Time and memory of a call, and the two ceilings of a device.
 
-Device time is measured by events around one call. Before each call a spin kernel keeps the device busy for as long as
-the host needs to enqueue it, so that launches are hidden unless the call waits for the device itself. Inputs rotate
-among enough sets to leave no trace in the cache. What a call needs made anew each time, the graph of a backward pass,
-is made outside of the events.
+Device time is measured by events around one call. Before each call a scratch buffer of 256 MB is overwritten, as
+``triton.testing.do_bench`` does, so that no input is left in the cache (50 MB of L2 on an H200, 126 on a B200); then a
+spin kernel keeps the device busy for as long as the host needs to enqueue the call, so that launches are hidden unless
+the call waits for the device itself. Both stand outside of the events, and so does what a call needs made anew each
+time, the graph of a backward pass.
 """
 
 import statistics
@@ -13,12 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-CACHE_BYTES = 200 * 2**20
-"""Sets of inputs together are at least this large: four times the L2 of an H200."""
-MOST_SETS = 64
+SCRATCH_BYTES = 256 * 2**20
+"""Overwritten before every call: more than any L2."""
 SPIN_CYCLES_PER_SECOND = 2.0e9
 """A little above the clock of any card that runs this, so that the spin is never too short."""
 LONGEST_SPIN = 0.02
+SLOW = 0.1
+"""Seconds of a call from which three runs suffice."""
 
 
 class Step(NamedTuple):
@@ -29,11 +31,13 @@ class Step(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Milliseconds."""
+    """Milliseconds, and memory."""
 
     median: float
     p20: float
     p80: float
+    extra_bytes: int | None
+    """Device memory that a run takes on top of what is there, its results included; None without a GPU."""
 
 
 class Ceilings(NamedTuple):
@@ -45,46 +49,39 @@ class Ceilings(NamedTuple):
     """Square product of random matrices in TFLOP/s."""
 
 
-def time_steps(steps: Sequence[Step], device: torch.device, *, seconds: float = 0.4) -> Timing:
-    """Median, 20th and 80th percentile over 5 to 100 runs, going round ``steps``; about ``seconds`` in all."""
-    steps[-1].run(steps[-1].prepare())
-    prepared = steps[0].prepare()
+def time_step(step: Step, device: torch.device, *, seconds: float = 0.4) -> Timing:
+    """Median, 20th and 80th percentile over 5 to 100 runs, 3 of a slow call; about ``seconds`` in all."""
+    step.run(step.prepare())  # compiles, and allocates what stays
     _synchronize(device)
     start = time.perf_counter()
-    steps[0].run(prepared)
-    enqueued = time.perf_counter() - start
+    prepared = step.prepare()
+    _synchronize(device)
+    held = _start_counting_memory(device)
+    begin = time.perf_counter()
+    step.run(prepared)
+    enqueued = time.perf_counter() - begin
     _synchronize(device)
     once = time.perf_counter() - start
-    repeats = min(max(int(seconds / once), 5), 100)
-    for i in range(min(repeats // 5, 5)):
-        step = steps[i % len(steps)]
+    extra_bytes = None if held is None else torch.cuda.max_memory_allocated(device) - held
+    del prepared
+    repeats = min(max(int(seconds / once), 3 if once > SLOW else 5), 100)
+    for _ in range(min(repeats // 5, 5)):
         step.run(step.prepare())
     if device.type != "cuda":
-        return _quantiles([_host_time(steps[i % len(steps)]) for i in range(repeats)])
+        return Timing(*_quantiles([_host_time(step) for _ in range(repeats)]), extra_bytes)
+    scratch = torch.empty(SCRATCH_BYTES, dtype=torch.int8, device=device)
     spin = int(min(1.5 * enqueued + 1e-4, LONGEST_SPIN) * SPIN_CYCLES_PER_SECOND)
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for i, (before, after) in enumerate(pairs):
-        step = steps[i % len(steps)]
+    for before, after in pairs:
         prepared = step.prepare()
+        scratch.zero_()
         torch.cuda._sleep(spin)
         before.record()
         step.run(prepared)
         after.record()
+        del prepared  # before the next one is made: it may be a graph of tens of gigabytes
     torch.cuda.synchronize(device)
-    return _quantiles([before.elapsed_time(after) for before, after in pairs])
-
-
-def peak_extra_bytes(step: Step, device: torch.device) -> int | None:
-    """Device memory that a run takes on top of what is there, its results included; None without a GPU."""
-    if device.type != "cuda":
-        return None
-    prepared = step.prepare()
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    step.run(prepared)
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return Timing(*_quantiles([before.elapsed_time(after) for before, after in pairs]), extra_bytes)
 
 
 def measure_ceilings(device: torch.device, *, copy_bytes: int = 2 * 2**30, width: int = 8192) -> Ceilings:
@@ -94,11 +91,18 @@ def measure_ceilings(device: torch.device, *, copy_bytes: int = 2 * 2**30, width
         copy_bytes, width, dtype = 2**24, 256, torch.float32
     source = torch.randn(copy_bytes // dtype.itemsize, device=device, dtype=dtype)
     target = torch.empty_like(source)
-    copy_ms = time_steps([Step(lambda _: target.copy_(source))], device).median
+    copy_ms = time_step(Step(lambda _: target.copy_(source)), device).median
     a, b = torch.randn(2, width, width, device=device, dtype=dtype).unbind()
     out = torch.empty_like(a)
-    product_ms = time_steps([Step(lambda _: torch.mm(a, b, out=out))], device).median
+    product_ms = time_step(Step(lambda _: torch.mm(a, b, out=out)), device).median
     return Ceilings(2 * copy_bytes / copy_ms / 1e6, 2 * width**3 / product_ms / 1e9)
+
+
+def _start_counting_memory(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -113,10 +117,8 @@ def _host_time(step: Step) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def _quantiles(samples: Sequence[float]) -> Timing:
+def _quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
     ordered = sorted(samples)
-    return Timing(
-        statistics.median(ordered),
-        ordered[round(0.2 * (len(ordered) - 1))],
-        ordered[round(0.8 * (len(ordered) - 1))],
-    )
+    last = len(ordered) - 1
+    return statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)]

@@ -18,6 +18,10 @@ from qwen3_kernels import dispatch, grouped_experts, router_topk
 from torch import Tensor
 
 TINY = {"T": 40, "D": 32, "E": 8, "K": 2, "F": 16}
+CHECK = {"D": 384, "E": 4, "K": 2, "F": 384}
+"""Widths that descriptors take (whole blocks of 128) and that no tile of 256 columns divides."""
+ROWS_PER_EXPERT = {"decode": 6, "few": 20, "some": 100, "many": 300, "plenty": 550}
+"""One number in every launch bucket (``grouped_experts_products_triton.bucket``)."""
 DECODE_BATCHES = (1, 8, 32, 64, 256)
 
 
@@ -83,8 +87,8 @@ def liger() -> Call:
 
 
 def work(shape: Shape, direction: str) -> Work:
-    """Two products a row forward and four backward; each pass reads the weights of the experts that have rows, and the
-    backward pass writes as many."""
+    """Two products a row forward and four backward; each pass reads the weights of the experts that have rows (as many
+    as even routing gives rows to on average), and the backward pass writes as many."""
     tokens, width, experts, top_k, expert_width = (shape[name] for name in "TDEKF")
     products = tokens * top_k * 6 * width * expert_width
     in_use = experts * (1 - (1 - top_k / experts) ** tokens)
@@ -100,6 +104,7 @@ OPERATION = Operation(
     name="grouped_experts",
     shapes={
         "tiny": TINY,
+        **{f"check_{bucket}": {"T": 2 * rows, **CHECK} for bucket, rows in ROWS_PER_EXPERT.items()},
         "T=32768": qwen3_30b_a3b(T=32768),
         "T=4096": qwen3_30b_a3b(T=4096),
         **{f"decode_{batch}": qwen3_30b_a3b(T=batch) for batch in DECODE_BATCHES},
@@ -107,7 +112,7 @@ OPERATION = Operation(
     make_inputs=make_inputs,
     truth=truth,
     contenders={
-        **every_implementation("grouped_experts", call),
+        **every_implementation("grouped_experts", call, on_request=("reference",)),
         "composed_grouped_mm": Contender(lambda: composed),
         "composed_grouped_mm_compiled": compiled(composed),
         "liger": Contender(liger, package="liger-kernel", on_request=True),

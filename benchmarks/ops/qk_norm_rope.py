@@ -81,7 +81,12 @@ def work(shape: Shape, direction: str) -> Work:
 
 OPERATION = Operation(
     name="qk_norm_rope",
-    shapes={"tiny": TINY, **{f"T={tokens}": qwen3_30b_a3b(T=tokens) for tokens in (32768, 8192, 256)}},
+    shapes={
+        "tiny": TINY,
+        "check_many": {"T": 1601, "H": 12, "G": 4, "C": 128},  # 792 backward programs take two or three tokens each
+        "check_wide": {"T": 33, "H": 4, "G": 2, "C": 256},
+        **{f"T={tokens}": qwen3_30b_a3b(T=tokens) for tokens in (32768, 8192, 256)},
+    },
     make_inputs=make_inputs,
     truth=truth,
     contenders={

@@ -2,7 +2,8 @@
 
 Every operation registers its implementations in order of preference, each with a reason function that returns None
 where the implementation fits the given tensor and else says in words why it does not. ``prefer`` forces one by name
-(tests and benchmarks); forcing one that does not fit is an error, never a silent change.
+(tests and benchmarks); forcing one that does not fit is an error, never a silent change. ``autocast`` is how operations
+follow ``torch.autocast``.
 """
 
 import contextlib
@@ -109,7 +110,8 @@ def prefer(op: str, name: str) -> Iterator[None]:
 def choose(op: str, tensor: Tensor, name: str = "auto", **facts: object) -> Callable[..., Any]:
     """The function that computes ``op`` on ``tensor``'s device; raises ValueError where a named one does not fit.
 
-    ``facts`` reach the reason functions, for what the tensor alone does not tell.
+    ``facts`` reach the reason functions, for what the tensor alone does not tell. Where another GPU is current, the
+    function makes the tensor's current while it runs.
     """
     wanted = _forced.get(op, name)
     candidates = _registry[op]
@@ -119,16 +121,46 @@ def choose(op: str, tensor: Tensor, name: str = "auto", **facts: object) -> Call
         reason = candidates[wanted].unfit(tensor, **facts)
         if reason is not None:
             raise ValueError(f"{op}: implementation {wanted!r} was asked for, but {reason}")
-        return candidates[wanted].function
+        return _on_device_of(tensor, candidates[wanted].function)
     skipped: list[str] = []
     for candidate, implementation in candidates.items():
         reason = implementation.unfit(tensor, **facts)
         if reason is None:
             if not torch.compiler.is_compiling():  # a log call would break the graph
                 _say_once(op, candidate, tensor.device.type, "; ".join(skipped))
-            return implementation.function
+            return _on_device_of(tensor, implementation.function)
         skipped.append(f"not {candidate}: {reason}")
     raise ValueError(f"{op}: no implementation fits: {'; '.join(skipped)}")
+
+
+def _on_device_of(tensor: Tensor, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, with the GPU of ``tensor`` current while it runs: Triton launches on the current one.
+
+    Backward passes need no such care, since autograd gives every GPU a thread on which it is current, and compiled code
+    does by itself what this does. Without an initialized CUDA a tensor on a GPU is a fake one.
+    """
+    if torch.compiler.is_compiling() or not tensor.is_cuda or not torch.cuda.is_initialized():
+        return function
+    if tensor.device.index == torch.cuda.current_device():
+        return function
+
+    @functools.wraps(function)
+    def on_its_device(*arguments: Any) -> Any:
+        with torch.cuda.device(tensor.device):
+            return function(*arguments)
+
+    return on_its_device
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """``tensor`` in the type that ``torch.autocast`` gives to matrix products, where it is on for the tensor's device.
+
+    The gradient comes back in the tensor's own type. float64 stays, as it does everywhere under autocast.
+    """
+    device = tensor.device.type
+    if tensor.is_meta or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 @functools.cache

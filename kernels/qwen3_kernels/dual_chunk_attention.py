@@ -47,19 +47,31 @@ def dual_chunk_attention(
             definition), or ``auto``: the fastest that fits.
 
     Returns:
-        out_THC in q's dtype; exact gradients for q, k and v.
+        out_THC in q's dtype; exact gradients for q, k and v. ``triton`` gives the same bits every time. The backward
+        pass of ``flash`` adds up gradients in the order in which its blocks happen to finish, except under
+        ``torch.use_deterministic_algorithms(True)``; on Hopper its version 4 can't, and does not fit then.
 
     Raises:
-        ValueError: one of chunk_size and local_size, chunks without inv_freq_R, or a named backend that does not fit.
+        ValueError: chunks that ``check_chunks`` rejects, or a named backend that does not fit.
     """
-    if (chunk_size is None) != (local_size is None):
-        raise ValueError(f"dual_chunk_attention: chunk_size {chunk_size}, local_size {local_size}: both or neither")
-    if chunk_size is not None and inv_freq_R is None:
-        raise ValueError("dual_chunk_attention: chunk_size without inv_freq_R, expected the model's rotary frequencies")
+    check_chunks(OP, inv_freq_R, chunk_size, local_size)
     if chunk_size is not None and local_size is not None and max_seqlen <= chunk_size - local_size:
         inv_freq_R = chunk_size = local_size = None  # no document is longer than a chunk: plain attention
     function = dispatch.choose(OP, q_THC, backend, chunked=chunk_size is not None)
     return function(q_THC, k_TGC, v_TGC, cu_seqlens, max_seqlen, inv_freq_R, chunk_size, local_size, softmax_scale)
+
+
+def check_chunks(op: str, inv_freq_R: Tensor | None, chunk_size: int | None, local_size: int | None) -> None:
+    """Raise ValueError, in the name of ``op``, unless the three describe dual chunks or plain attention."""
+    seen = f"{op}: chunk_size {chunk_size}, local_size {local_size}"
+    if chunk_size is None or local_size is None:
+        if chunk_size is not local_size:
+            raise ValueError(f"{seen}, expected both or neither")
+        return
+    if not 0 <= local_size < chunk_size:
+        raise ValueError(f"{seen}, expected 0 <= local_size < chunk_size")
+    if inv_freq_R is None:
+        raise ValueError(f"{seen} without inv_freq_R, expected the model's rotary frequencies")
 
 
 # Plain attention, 1 x 32,768, both directions, on an H200: flash-attn 4 607 TFLOP/s, the fused kernel 416, torch's

@@ -13,10 +13,13 @@ import triton
 import triton.language as tl
 
 from qwen3_kernels.dual_chunk_tiles_triton import (
+    count_ranges,
+    heads_of_grid,
     key_range,
     load_kept_rows,
     load_rows,
-    segment_start,
+    load_tile,
+    segment,
     store_rows,
     tile_rank,
 )
@@ -82,13 +85,8 @@ def key_gradients_kernel(
     group = tl.program_id(1)
     groups = tl.num_programs(1)
     if rank < tl.load(table + most * 3):
-        first_key = tl.load(table + rank * 3)
-        begin = tl.load(table + rank * 3 + 1)
-        end = tl.load(table + rank * 3 + 2)
-        chunk_end = end
-        if CHUNKED:
-            chunk = segment_start(first_key, begin, chunk_len, CHUNKED)
-            chunk_end = tl.where(begin < 0, end, tl.minimum(end, chunk + chunk_len))
+        first_key, begin, end = load_tile(table, rank)
+        _, chunk_end = segment(first_key, begin, end, chunk_len, CHUNKED)
         # Steps of one head: own, near and then far queries, as far as there are any.
         own = tl.cdiv(chunk_end - first_key, BM)
         near_end = chunk_end
@@ -146,25 +144,26 @@ def add_keys(
     group,
     rows,
     low,
+    full,
     high,
     scale_log2,
     WIDTH: tl.constexpr,
     BN: tl.constexpr,
-    MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradient of one query tile from the keys [low, high)."""
-    for start in tl.range(low, high, BN, num_stages=1 if MASKED else None):
-        k_tile = load_rows(k, start, group, BN, WIDTH)
-        v_tile = load_rows(v, start, group, BN, WIDTH)
-        scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
-        p = tl.exp2(scores * scale_log2 - lse_tile[:, None])
-        if MASKED:
-            keys = start + tl.arange(0, BN)
-            p = tl.where((keys[None, :] <= rows[:, None]) & (keys < high)[None, :], p, 0.0)
-        dp = tl.dot(grad_tile, v_tile.T, input_precision=PRECISION)
-        ds = p * (dp - delta_tile[:, None])
-        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+    """Gradient of one query tile from the keys [low, high), those from ``full`` on with masks."""
+    for masked in tl.static_range(2):
+        for start in tl.range(full if masked else low, high if masked else full, BN, num_stages=1 if masked else None):
+            k_tile = load_rows(k, start, group, BN, WIDTH)
+            v_tile = load_rows(v, start, group, BN, WIDTH)
+            scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+            p = tl.exp2(scores * scale_log2 - lse_tile[:, None])
+            if masked:
+                keys = start + tl.arange(0, BN)
+                p = tl.where((keys[None, :] <= rows[:, None]) & (keys < high)[None, :], p, 0.0)
+            dp = tl.dot(grad_tile, v_tile.T, input_precision=PRECISION)
+            ds = p * (dp - delta_tile[:, None])
+            dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     return dq
 
 
@@ -197,27 +196,19 @@ def query_gradients_kernel(
 
     Grid as in the forward kernel.
     """
-    group = tl.program_id(1)
-    head = group * S + tl.program_id(0) % S
-    heads = tl.num_programs(1) * S
+    group, head, heads, slot = heads_of_grid(S)
     total = tl.load(table + most * 3)
     for turn in range(0, tl.cdiv(total, slots)):
-        rank = tile_rank(turn, tl.program_id(0) // S, slots)
+        rank = tile_rank(turn, slot, slots)
         if rank < total:
-            first_row = tl.load(table + rank * 3)
-            begin = tl.load(table + rank * 3 + 1)
-            end = tl.load(table + rank * 3 + 2)
-            chunk = segment_start(first_row, begin, chunk_len, CHUNKED)
-            ranges = 1
-            if CHUNKED:
-                end = tl.where(begin < 0, end, tl.minimum(end, chunk + chunk_len))
-                ranges = tl.where(begin < 0, 1, tl.minimum((chunk - begin) // chunk_len, 2) + 1)
+            first_row, begin, end = load_tile(table, rank)
+            chunk, end = segment(first_row, begin, end, chunk_len, CHUNKED)
             rows = first_row + tl.arange(0, BM)
             ok = rows < end
             grad_tile = load_rows(grad_out, first_row, head, BM, WIDTH)
             lse_tile = tl.load(lse + head.to(tl.int64) * num_rows + rows, mask=ok, other=float("inf"))
             delta_tile = tl.load(delta + head.to(tl.int64) * num_rows + rows, mask=ok, other=0.0)
-            for regime in range(0, ranges):
+            for regime in range(0, count_ranges(chunk, begin, chunk_len, CHUNKED)):
                 low, high = key_range(regime, first_row, chunk, begin, end, chunk_len, CHUNKED, BM)
                 full = low + (tl.minimum(high, first_row) - low) // BN * BN
                 dq = tl.zeros((BM, WIDTH), tl.float32)
@@ -235,28 +226,10 @@ def query_gradients_kernel(
                         rows,
                         low,
                         full,
-                        scale_log2,
-                        WIDTH,
-                        BN,
-                        False,
-                        PRECISION,
-                    )
-                    dq = add_keys(
-                        dq,
-                        q_tile,
-                        grad_tile,
-                        lse_tile,
-                        delta_tile,
-                        k,
-                        v,
-                        group,
-                        rows,
-                        full,
                         high,
                         scale_log2,
                         WIDTH,
                         BN,
-                        True,
                         PRECISION,
                     )
                 target = grad_q + head * C

@@ -8,6 +8,7 @@ wrapped here as operators; versions 3 and 2 register operators of their own.
 
 import importlib
 import importlib.metadata
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,9 +46,13 @@ def unfit(tensor: Tensor, *, chunked: bool = False, **facts: object) -> str | No
     capability = torch.cuda.get_device_capability(tensor.device)
     if capability < OLDEST[VERSION] or (VERSION == 3 and capability >= (10, 0)):
         return f"flash-attn {VERSION} does not fit compute capability {capability[0]}.{capability[1]}"
-    widest = 128 if VERSION == 4 and capability >= (10, 0) else 256
-    if width % 8 or width > widest:
-        return f"a head width of {width} is not a multiple of 8 up to {widest}"
+    # On Hopper 4.0.0b10 puts the sums for q in order, but not those for k and v over the query heads of a kv head.
+    if VERSION == 4 and capability[0] not in (10, 11) and torch.are_deterministic_algorithms_enabled():
+        return "torch.use_deterministic_algorithms is on, which flash-attn 4 obeys on compute capability 10 and 11 only"
+    # Version 4's backward pass does not compile for a width of 16 (4.0.0b10).
+    step, widest = (32, 128 if capability >= (10, 0) else 256) if VERSION == 4 else (8, 256)
+    if width % step or width > widest:
+        return f"a head width of {width} is not a multiple of {step} up to {widest}"
     return None
 
 
@@ -72,15 +77,22 @@ def run(
         q_THC,
         k_TGC,
         v_TGC,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
-        softmax_scale=scale,
-        causal=True,
+        **_causal_documents(cu_seqlens, max_seqlen, scale),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return out[0] if isinstance(out, tuple) else out
+
+
+def _causal_documents(cu_seqlens: Tensor, max_seqlen: int, scale: float) -> dict[str, Any]:
+    """What every version takes, by its names, for causal attention within packed documents."""
+    return {
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens,
+        "max_seqlen_q": max_seqlen,
+        "max_seqlen_k": max_seqlen,
+        "softmax_scale": scale,
+        "causal": True,
+    }
 
 
 @torch.library.custom_op("qwen3_kernels::flash4_attention", mutates_args=())
@@ -91,16 +103,7 @@ def flash4_forward(
     if q_THC.shape[0] == 0:
         return torch.empty_like(q_THC), q_THC.new_empty((q_THC.shape[1], 0), dtype=torch.float32)
     out_THC, lse_HT = importlib.import_module("flash_attn.cute.interface")._flash_attn_fwd(
-        q_THC,
-        k_TGC,
-        v_TGC,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
-        softmax_scale=scale,
-        causal=True,
-        return_lse=True,
+        q_THC, k_TGC, v_TGC, **_causal_documents(cu_seqlens, max_seqlen, scale), return_lse=True
     )
     return out_THC, lse_HT
 
@@ -133,12 +136,7 @@ def flash4_backward(
             out_THC,
             grad_out_THC.contiguous(),
             lse_HT,
-            softmax_scale=scale,
-            causal=True,
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_k=max_seqlen,
+            **_causal_documents(cu_seqlens, max_seqlen, scale),
             deterministic=torch.are_deterministic_algorithms_enabled(),
             dq=grads[0],
             dk=grads[1],
@@ -155,10 +153,14 @@ def _(grad_out_THC, q_THC, k_TGC, v_TGC, *rest):
 
 def _setup_context(ctx, inputs, output):
     q_THC, k_TGC, v_TGC, cu_seqlens, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else a zero gradient of lse is written for every layer
     ctx.save_for_backward(q_THC, k_TGC, v_TGC, *output, cu_seqlens)
 
 
 def _backward(ctx, grad_out_THC, _):
+    if grad_out_THC is None:
+        return (None,) * 6
     return *flash4_backward(grad_out_THC, *ctx.saved_tensors, *ctx.options), None, None, None
 
 

@@ -16,7 +16,16 @@ against 1,024 of products).
 import triton
 import triton.language as tl
 
-from qwen3_kernels.dual_chunk_tiles_triton import key_range, load_rows, segment_start, store_rows, tile_rank
+from qwen3_kernels.dual_chunk_tiles_triton import (
+    count_ranges,
+    heads_of_grid,
+    key_range,
+    load_rows,
+    load_tile,
+    segment,
+    store_rows,
+    tile_rank,
+)
 
 
 @triton.jit
@@ -103,29 +112,21 @@ def attention_kernel(
     The heads of one kv head start together and kv heads one after the other: k and v of one are 16 MB at T = 32,768,
     those of four would not stay in a cache of 50 MB.
     """
-    group = tl.program_id(1)
-    head = group * S + tl.program_id(0) % S
-    heads = tl.num_programs(1) * S
+    group, head, heads, slot = heads_of_grid(S)
     total = tl.load(table + most * 3)
     for turn in range(0, tl.cdiv(total, slots)):
-        rank = tile_rank(turn, tl.program_id(0) // S, slots)
+        rank = tile_rank(turn, slot, slots)
         if rank < total:
-            first_row = tl.load(table + rank * 3)
-            begin = tl.load(table + rank * 3 + 1)
-            end = tl.load(table + rank * 3 + 2)
+            first_row, begin, end = load_tile(table, rank)
             rows = first_row + tl.arange(0, BM)
             acc = tl.zeros((BM, WIDTH), tl.float32)
             top = tl.full((BM,), float("-inf"), tl.float32)
             mass = tl.zeros((BM,), tl.float32)
             if begin >= 0:
-                chunk = segment_start(first_row, begin, chunk_len, CHUNKED)
-                ranges = 1
-                if CHUNKED:
-                    # The own chunk comes first: its masked tiles give every row a finite maximum, which the loops
-                    # without masks rely on.
-                    ranges = tl.minimum((chunk - begin) // chunk_len, 2) + 1
-                    end = tl.minimum(end, chunk + chunk_len)
-                for regime in range(0, ranges):
+                chunk, end = segment(first_row, begin, end, chunk_len, CHUNKED)
+                # The own chunk comes first: its masked tiles give every row a finite maximum, which the loops without
+                # masks rely on.
+                for regime in range(0, count_ranges(chunk, begin, chunk_len, CHUNKED)):
                     low, high = key_range(regime, first_row, chunk, begin, end, chunk_len, CHUNKED, BM)
                     q_tile = load_rows(q, regime * num_rows + first_row, head, BM, WIDTH)
                     acc, top, mass = attend_range(

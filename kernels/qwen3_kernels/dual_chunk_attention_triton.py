@@ -207,10 +207,14 @@ def _(grad_out_THC, q_THC, k_TGC, v_TGC, *rest):
 
 def _setup_context(ctx, inputs, output):
     q_THC, k_TGC, v_TGC, cu_seqlens, inv_freq_R, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else a zero gradient of lse is written for every layer
     ctx.save_for_backward(q_THC, k_TGC, v_TGC, *output, cu_seqlens, inv_freq_R)
 
 
 def _backward(ctx, grad_out_THC, _):
+    if grad_out_THC is None:
+        return (None,) * 8
     grads = attention_backward(grad_out_THC, *ctx.saved_tensors, *ctx.options)
     return *grads, None, None, None, None, None
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen3_kernels.launch import AotCase, Launch
+from qwen3_kernels.rotation_triton import cos_sin
 
 
 @triton.jit
@@ -124,12 +125,35 @@ def tile_rank(turn, slot, slots):
 
 
 @triton.jit
-def segment_start(row, begin, chunk_len, CHUNKED: tl.constexpr):
-    """First row of the chunk, or document, that ``row`` lies in."""
+def heads_of_grid(S: tl.constexpr):
+    """kv head, query head, number of query heads and slot of a program in a grid of slots x S, G."""
+    group = tl.program_id(1)
+    return group, group * S + tl.program_id(0) % S, tl.num_programs(1) * S, tl.program_id(0) // S
+
+
+@triton.jit
+def load_tile(table, rank):
+    """First row of a tile, start and end of its document; a negative start after the last document."""
+    return tl.load(table + rank * 3), tl.load(table + rank * 3 + 1), tl.load(table + rank * 3 + 2)
+
+
+@triton.jit
+def segment(row, begin, end, chunk_len, CHUNKED: tl.constexpr):
+    """Start and end of the chunk, or document, that ``row`` lies in."""
     if CHUNKED:
-        return row - (row - begin) % chunk_len
+        chunk = row - (row - begin) % chunk_len
+        return chunk, tl.where(begin < 0, end, tl.minimum(end, chunk + chunk_len))
     else:
-        return begin
+        return begin, end
+
+
+@triton.jit
+def count_ranges(chunk, begin, chunk_len, CHUNKED: tl.constexpr):
+    """Ranges of keys that a query tile sees: its own chunk, the chunk before, older chunks."""
+    if CHUNKED:
+        return tl.where(begin < 0, 1, tl.minimum((chunk - begin) // chunk_len, 2) + 1)
+    else:
+        return 1
 
 
 @triton.jit
@@ -198,19 +222,15 @@ def move_queries_kernel(
     for turn in range(0, tl.cdiv(total, slots)):
         rank = tile_rank(turn, tl.program_id(0), slots)
         if rank < total:
-            row = tl.load(table + rank * 3)
-            begin = tl.load(table + rank * 3 + 1)
-            end = tl.load(table + rank * 3 + 2)
-            chunk = segment_start(row, begin, chunk_len, True)
-            if begin >= 0:
-                end = tl.minimum(chunk + chunk_len, end)
+            row, begin, end = load_tile(table, rank)
+            chunk, end = segment(row, begin, end, chunk_len, True)
             rows = row + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
             local = rows - chunk
             ok = (rows < tl.minimum(end, row + TILE))[:, None] & pair_ok[None, :]
             angle = (tl.minimum(local + chunk_len, chunk_size) - local).to(tl.float32)[:, None] * inv_freq[None, :]
-            cos_1, sin_1 = tl.cos(angle), tl.sin(angle)
+            cos_1, sin_1 = cos_sin(angle)
             angle = (chunk_size - local).to(tl.float32)[:, None] * inv_freq[None, :]
-            cos_2, sin_2 = tl.cos(angle), tl.sin(angle)
+            cos_2, sin_2 = cos_sin(angle)
             for head in range(H):
                 low_at = q + rows.to(tl.int64)[:, None] * stride_t + head * stride_h + pair[None, :]
                 moved_at = moved + (rows.to(tl.int64)[:, None] * H + head) * C + pair[None, :]

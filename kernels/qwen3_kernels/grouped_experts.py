@@ -26,14 +26,17 @@ def grouped_experts(x_TD: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, ro
         w_down_EDF: down projections; x's dtype.
         routing: from ``router_topk``. Masked tokens get 0 and give no gradient.
 
+    Under autocast x and both weights are cast to its dtype, whatever theirs are; gradients come back in theirs.
+
     Returns:
-        out_TD in x's dtype; differentiable in x, both weights and ``routing.weights_TK``; deterministic.
+        out_TD in x's dtype (autocast's); differentiable in x, both weights and ``routing.weights_TK``; deterministic.
 
     Compute bound from about 3,000 tokens on: Qwen3-30B-A3B's layer (D = 2,048, E = 128, K = 8, F = 768) takes
     T * K * 6 * D * F FLOPs forward and twice that backward, at T = 32,768 and 790 TFLOP/s 3.1 and 6.3 ms. Below, the
     weights of the experts in use have to be read: 1.2 GB for all of them, 0.28 ms at 4.28 TB/s; 9.4 MB an expert.
     """
-    function = dispatch.choose("grouped_experts", x_TD)
+    x_TD, w_gate_up_E2FD, w_down_EDF = map(dispatch.autocast, (x_TD, w_gate_up_E2FD, w_down_EDF))
+    function = dispatch.choose("grouped_experts", x_TD, expert_width=w_down_EDF.shape[2])
     return function(
         x_TD,
         w_gate_up_E2FD,
@@ -123,13 +126,16 @@ class ExpertLoop(torch.autograd.Function):
         )
 
 
-def _grouped_mm_unfit(x_TD: Tensor) -> str | None:
+def _grouped_mm_unfit(x_TD: Tensor, expert_width: int) -> str | None:
     if not x_TD.is_cuda or torch.cuda.get_device_capability(x_TD.device) < (9, 0):
         return "torch's grouped_mm is fast from compute capability 9.0 on"
     if x_TD.dtype != torch.bfloat16:
         return f"torch's grouped_mm takes bfloat16 and x is {x_TD.dtype}"
-    if x_TD.shape[1] % 8:
-        return f"torch's grouped_mm wants rows of a multiple of 16 bytes and x has {x_TD.shape[1]} columns"
+    if x_TD.shape[1] % 8 or expert_width % 8:
+        return (
+            f"torch's grouped_mm wants rows of a multiple of 16 bytes, x has {x_TD.shape[1]} columns and an expert "
+            f"{expert_width}"
+        )
     return dispatch.needs_triton(x_TD)
 
 

@@ -199,8 +199,10 @@ def _common(x: Tensor, experts: int, launch: Launch, tma: bool) -> dict[str, Any
     return {**launch.options(), "TMA": int(tma), "E": experts, "E_POW2": padded, "PRECISION": _precision(x)}
 
 
-def aot_case(name: str, product: str, launch: Launch, generations: tuple[int, ...]) -> list[AotCase]:
-    """``product`` at Qwen3-30B-A3B's widths; grad_weight has two orientations."""
+def aot_case(
+    name: str, product: str, launch: Launch, generations: tuple[int, ...], width: int = 2048, hidden: int = 768
+) -> list[AotCase]:
+    """``product`` at Qwen3-30B-A3B's widths; gate_up keeps its products or not, grad_weight has two orientations."""
     blocks = launch.blocks
     m, n, k, tma = blocks["BLOCK_M"], blocks["BLOCK_N"], blocks["BLOCK_K"], blocks.get("TMA", 0)
     kind = "fp32" if "float32" in name else "bf16"
@@ -217,7 +219,7 @@ def aot_case(name: str, product: str, launch: Launch, generations: tuple[int, ..
         "weight": operand(n, k) if product in ("gate_up", "down") else operand(k, n),
     }  # fmt: skip
     experts = {"E": 128, "E_POW2": 128, "PRECISION": precision}
-    tokens = {"TOP_K": 8, "D": 2048, "F": 768, **experts}
+    tokens = {"TOP_K": 8, "D": width, "F": hidden, **experts}
     kernel: Any = {
         "gate_up": gate_up_kernel,
         "down": rows_kernel,
@@ -226,36 +228,45 @@ def aot_case(name: str, product: str, launch: Launch, generations: tuple[int, ..
         "grad_weight": grad_weight_kernel,
     }[product]
     variants: list[dict[str, Any]] = {
-        "gate_up": [{**tokens, "SAVE": True}],
-        "down": [{"WIDTH_IN": 768, "WIDTH_OUT": 2048, "TRANSPOSED": True, **experts}],
+        "gate_up": [{**tokens, "SAVE": True}, {**tokens, "SAVE": False}],
+        "down": [{"WIDTH_IN": hidden, "WIDTH_OUT": width, "TRANSPOSED": True, **experts}],
         "grad_h": [tokens],
-        "grad_x": [{"WIDTH_IN": 1536, "WIDTH_OUT": 2048, "TRANSPOSED": False, **experts}],
+        "grad_x": [{"WIDTH_IN": 2 * hidden, "WIDTH_OUT": width, "TRANSPOSED": False, **experts}],
         "grad_weight": [
-            {"TOP_K": 8, "WIDTH_L": 1536, "WIDTH_R": 2048, "GATHER_LEFT": False, "PRECISION": precision},
-            {"TOP_K": 8, "WIDTH_L": 2048, "WIDTH_R": 768, "GATHER_LEFT": True, "PRECISION": precision},
+            {"TOP_K": 8, "WIDTH_L": 2 * hidden, "WIDTH_R": width, "GATHER_LEFT": False, "PRECISION": precision},
+            {"TOP_K": 8, "WIDTH_L": width, "WIDTH_R": hidden, "GATHER_LEFT": True, "PRECISION": precision},
         ],
     }[product]
     wgmma = kind == "bf16" and m >= 64
     return [
         AotCase(
-            f"{name}{'/gather_left' if variant.get('GATHER_LEFT') else ''}",
+            f"{name}{'/gather_left' * variant.get('GATHER_LEFT', False)}{'/unsaved' * (not variant.get('SAVE', True))}",
             kernel,
             {name: kinds[name] for name in kernel.arg_names if name in kinds},
             variant,
             launch,
             generations,
-            SPILLS.get((product, m, n, launch.num_warps), 0),
+            SPILLS.get((product, m, n, launch.num_warps, tma), 0),
             wgmma,
         )
         for variant in variants
     ]
 
 
-SPILLS = {("grad_h", 128, 256, 8): 32}
-"""Bytes by (product, rows, columns, warps), all after the loop: 16 with triton 3.6, 32 with 3.8."""
+SPILLS = {("grad_h", 128, 256, 8, 1): 32, ("grad_h", 128, 256, 8, 0): 64, ("gate_up", 128, 128, 8, 0): 48}
+"""Bytes by (product, rows, columns, warps, TMA), most of triton 3.6 and 3.8; with TMA all are after the loop."""
 
-AOT_CASES = [
-    case
-    for (gpu, rows_bucket, product), launch in LAUNCHES.items()
-    for case in aot_case(f"grouped_experts/{product}/{rows_bucket}/sm_{gpu}", product, launch, (gpu,))
-]
+
+def _aot_cases() -> list[AotCase]:
+    cases = []
+    for (gpu, rows_bucket, product), launch in LAUNCHES.items():
+        name = f"grouped_experts/{product}/{rows_bucket}"
+        cases += aot_case(f"{name}/sm_{gpu}", product, launch, (gpu,))
+        if launch.blocks.get("TMA") and rows_bucket != "plenty":  # which has the products of "many"
+            # Widths that no block divides are not read by descriptors (``_tma``).
+            without = launch._replace(blocks={**launch.blocks, "TMA": 0})
+            cases += aot_case(f"{name}/ragged/sm_{gpu}", product, without, (gpu,), width=2040, hidden=760)
+    return cases
+
+
+AOT_CASES = _aot_cases()

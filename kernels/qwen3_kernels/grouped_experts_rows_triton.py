@@ -177,6 +177,11 @@ def combine_gradients(
     return _combine(grad_x_ND, position_TK, offsets_E, None, dot_NJ, grad_weights_TK), grad_weights_TK
 
 
+def grad_weights(dot_NJ: Tensor, position_TK: Tensor, offsets_E: Tensor) -> Tensor:
+    """grad_weights_TK alone, where nobody wants the gradient of x; the dots of masked tokens' rows were not written."""
+    return torch.where(position_TK < offsets_E[-1], dot_NJ.sum(1)[position_TK], 0.0)
+
+
 def _combine(
     y_ND: Tensor,
     position_TK: Tensor,

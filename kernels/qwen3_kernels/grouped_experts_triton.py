@@ -100,17 +100,20 @@ def _backward(
     offsets_E: Tensor,
     gate_up_N2F: Tensor,
     products: str,
+    needs_x: bool,
+    needs_gate_up: bool,
+    needs_down: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, both weights and the routing weights (float32)."""
+    """Gradients of x, both weights and the routing weights (float32); of the first three, one not asked for has no
+    element."""
     grad_out_TD, x_TD, weights_TK = grad_out_TD.contiguous(), x_TD.contiguous(), weights_TK.contiguous()
     w_gate_up_E2FD, w_down_EDF = w_gate_up_E2FD.contiguous(), w_down_EDF.contiguous()
     top_k = weights_TK.shape[1]
     grouped = _by_grouped_mm(products, x_TD, len(order_N), len(offsets_E))
 
     grad_y_ND = grad_out_TD
-    if (
-        "grad_h" in grouped or "grad_w_down" in grouped
-    ):  # without the routing weight, which enters with SwiGLU's gradient
+    # Without the routing weight, which enters with SwiGLU's gradient.
+    if "grad_h" in grouped or ("grad_w_down" in grouped and needs_down):
         grad_y_ND = row_kernels.spread(grad_out_TD, position_TK, offsets_E)
     if "grad_h" in grouped:
         grad_h_NF = F.grouped_mm(grad_y_ND, w_down_EDF, offs=offsets_E)
@@ -123,23 +126,28 @@ def _backward(
             grad_out_TD, w_down_EDF, weights_TK, gate_up_N2F, order_N, offsets_E
         )
 
-    if "grad_w_down" in grouped:
+    grad_w_down_EDF = w_down_EDF.new_empty(0)
+    if needs_down and "grad_w_down" in grouped:
         grad_w_down_EDF = _weight_gradient(grad_y_ND, h_weighted_NF, offsets_E)
-    else:
+    elif needs_down:
         grad_w_down_EDF = triton_products.grad_weight(
             grad_out_TD, h_weighted_NF, order_N, offsets_E, top_k, gather_left=True
         )
     del grad_y_ND, h_weighted_NF
 
-    if "grad_w_gate_up" in grouped:
+    grad_w_gate_up_E2FD = w_gate_up_E2FD.new_empty(0)
+    if needs_gate_up and "grad_w_gate_up" in grouped:
         x_ND = row_kernels.spread(x_TD, position_TK, offsets_E)
         grad_w_gate_up_E2FD = _weight_gradient(grad_gate_up_N2F, x_ND, offsets_E)
         del x_ND
-    else:
+    elif needs_gate_up:
         grad_w_gate_up_E2FD = triton_products.grad_weight(
             grad_gate_up_N2F, x_TD, order_N, offsets_E, top_k, gather_left=False
         )
 
+    if not needs_x:
+        grad_weights_TK = row_kernels.grad_weights(dot_NJ, position_TK, offsets_E)
+        return x_TD.new_empty(0), grad_w_gate_up_E2FD, grad_w_down_EDF, grad_weights_TK
     if "grad_x" in grouped:
         grad_x_ND = F.grouped_mm(grad_gate_up_N2F, w_gate_up_E2FD, offs=offsets_E)
     else:
@@ -150,10 +158,11 @@ def _backward(
 
 @_backward.register_fake
 def _(grad_out_TD, x_TD, w_gate_up_E2FD, w_down_EDF, weights_TK, *unused):
+    needs_x, needs_gate_up, needs_down = unused[-3:]
     return (
-        x_TD.new_empty(x_TD.shape),
-        w_gate_up_E2FD.new_empty(w_gate_up_E2FD.shape),
-        w_down_EDF.new_empty(w_down_EDF.shape),
+        x_TD.new_empty(x_TD.shape if needs_x else 0),
+        w_gate_up_E2FD.new_empty(w_gate_up_E2FD.shape if needs_gate_up else 0),
+        w_down_EDF.new_empty(w_down_EDF.shape if needs_down else 0),
         weights_TK.new_empty(weights_TK.shape, dtype=torch.float32),
     )
 
@@ -169,9 +178,14 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad_out_TD, _):
     if grad_out_TD is None:
         return (None,) * 9
-    grads = _backward(grad_out_TD, *ctx.saved_tensors, ctx.products)
+    needs = ctx.needs_input_grad[:3]
+    *grads, grad_weights_TK = _backward(grad_out_TD, *ctx.saved_tensors, ctx.products, *needs)
     weights_TK = ctx.saved_tensors[3]
-    return *grads[:3], grads[3].to(weights_TK.dtype), None, None, None, None, None
+    return (
+        *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)),
+        grad_weights_TK.to(weights_TK.dtype),
+        *(None,) * 5,
+    )
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

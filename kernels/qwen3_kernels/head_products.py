@@ -39,6 +39,12 @@ class Columns(NamedTuple):
         return cls(valid_vocab, min(vocab, pitch), pitch)
 
 
+def check_valid_vocab(op: str, vocab: int, valid_vocab: int | None) -> None:
+    """Raise ValueError where ``valid_vocab`` is no number of rows of a head of ``vocab`` rows."""
+    if valid_vocab is not None and not 1 <= valid_vocab <= vocab:
+        raise ValueError(f"{op}: valid_vocab is {valid_vocab}, expected between 1 and the head's {vocab} rows")
+
+
 def multiprocessors(tensor: Tensor) -> int:
     """Of the tensor's GPU; 132, Hopper's, where there is none."""
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132

@@ -48,8 +48,12 @@ class AotCase(NamedTuple):
 
 @functools.cache
 def generation(device: torch.device | None = None) -> int:
-    """80 for Ampere and Ada, 90 for Hopper, 100 for Blackwell; 90 where there is no GPU (interpreter)."""
+    """80 for Ampere and Ada, 90 for Hopper, 100 for data-centre Blackwell; 90 where there is no GPU (interpreter).
+
+    The Blackwell of workstations (capability 12.x) has 99 KB of shared memory a block, where the tables for 100 take up
+    to 227: it gets those for 80, and so does whatever is not known yet.
+    """
     if not torch.cuda.is_available():
         return 90
     major, _ = torch.cuda.get_device_capability(device)
-    return {8: 80, 9: 90}.get(major, 100 if major > 9 else 80)
+    return {9: 90, 10: 100, 11: 100}.get(major, 80)

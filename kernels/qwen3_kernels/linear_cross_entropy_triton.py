@@ -35,10 +35,14 @@ LOGITS_BYTES = 1_000_000_000
 """Most that one chunk of logits takes."""
 
 ROWS_LAUNCH = {
-    80: Launch({"BLOCK": 16384, "STAGES": 3}, num_warps=32, num_stages=1),
-    90: Launch({"BLOCK": 16384, "STAGES": 1}, num_warps=32, num_stages=1),
-    100: Launch({"BLOCK": 16384, "STAGES": 3}, num_warps=32, num_stages=1),
+    (80, 2): Launch({"BLOCK": 16384, "STAGES": 3}, num_warps=32, num_stages=1),
+    (80, 4): Launch({"BLOCK": 8192, "STAGES": 3}, num_warps=32, num_stages=1),
+    (90, 2): Launch({"BLOCK": 16384, "STAGES": 1}, num_warps=32, num_stages=1),
+    (90, 4): Launch({"BLOCK": 16384, "STAGES": 1}, num_warps=32, num_stages=1),
+    (100, 2): Launch({"BLOCK": 16384, "STAGES": 3}, num_warps=32, num_stages=1),
+    (100, 4): Launch({"BLOCK": 16384, "STAGES": 3}, num_warps=32, num_stages=1),
 }
+"""By GPU generation and bytes of a logit."""
 SCALE_LAUNCH = {generation: Launch({"BLOCK": 4096}, num_warps=8, num_stages=1) for generation in (80, 90, 100)}
 
 
@@ -142,7 +146,7 @@ def _forward(
     most_rows = LOGITS_BYTES // (size * columns.pitch)
     chunk_rows = rows_per_chunk(num_tokens, columns.computed, width, most_rows, multiprocessors(hidden_TD))
     buffer_RP = torch.empty((chunk_rows, columns.pitch), dtype=hidden_TD.dtype, device=hidden_TD.device)
-    options = ROWS_LAUNCH[launch.generation(hidden_TD.device)].options()
+    options = ROWS_LAUNCH[launch.generation(hidden_TD.device), size].options()
     for start in range(0, num_tokens, chunk_rows):
         hidden_RD = hidden_TD[start : start + chunk_rows]
         rows = hidden_RD.shape[0]
@@ -232,8 +236,6 @@ def run(
     valid_vocab: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The implementation "triton" of ``linear_cross_entropy``."""
-    if torch.is_autocast_enabled(hidden_TD.device.type):
-        hidden_TD = hidden_TD.to(torch.get_autocast_dtype(hidden_TD.device.type))
     wanted = torch.is_grad_enabled()
     loss, nll_T, _, _ = _forward(
         hidden_TD,
@@ -249,26 +251,28 @@ def run(
     return loss, nll_T
 
 
-def _rows_case(generation: int, gradient: bool) -> AotCase:
+def _rows_case(generation: int, size: int, gradient: bool) -> AotCase:
+    kind = {2: "bf16", 4: "fp32"}[size]
     floats = ("logits_ptr", "nll_ptr", "loss_ptr", "loss_weight_ptr")
-    signature = {name: "*fp32" for name in floats} | {"logits_ptr": "*bf16", "target_ptr": "*i64"}
+    signature = {name: "*fp32" for name in floats} | {"logits_ptr": f"*{kind}", "target_ptr": "*i64"}
     signature |= {"ignore_index": "i32", "z_loss_weight": "fp32", "valid": "i32", "pitch": "i32:16"}
     return AotCase(
-        f"linear_cross_entropy rows {'gradient' if gradient else 'loss only'} {generation}",
+        f"linear_cross_entropy rows {kind} {'gradient' if gradient else 'loss only'} {generation}",
         _loss_rows,
         signature,
-        {"GRADIENT": gradient, "HAS_WEIGHTS": True, "GROUP": 8},
-        ROWS_LAUNCH[generation],
+        {"GRADIENT": gradient, "HAS_WEIGHTS": True, "GROUP": 16 // size},
+        ROWS_LAUNCH[generation, size],
         (generation,),
     )
 
 
-AOT_CASES = [_rows_case(generation, gradient) for generation in ROWS_LAUNCH for gradient in (True, False)] + [
+AOT_CASES = [
+    *(_rows_case(generation, size, gradient) for generation, size in ROWS_LAUNCH for gradient in (True, False)),
     AotCase(
         "linear_cross_entropy scale and cast",
         _scale_kernel,
         {"out_ptr": "*bf16", "in_ptr": "*fp32", "scale_ptr": "*fp32", "size": "i32:16"},
         {},
         SCALE_LAUNCH[90],
-    )
+    ),
 ]

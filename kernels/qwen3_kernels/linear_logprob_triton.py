@@ -258,11 +258,6 @@ def run(
                 f"linear_logprob: the teacher's head has {teacher_vocab} rows and the student's {vocab}, expected as "
                 f"many; pass valid_vocab (now {valid_vocab}), the number of tokens that both have"
             )
-    device = hidden_TD.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden_TD = hidden_TD.to(dtype)
-        teacher_hidden_TD = None if teacher_hidden_TD is None else teacher_hidden_TD.to(dtype)
     logprob_T, entropy_T, divergence_T, *_ = _forward(
         hidden_TD, weight_VD, token_ids_T, temperature, valid_vocab or vocab, teacher_hidden_TD, teacher_weight_VD,
         jsd_beta,

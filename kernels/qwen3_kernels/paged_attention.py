@@ -8,6 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3_kernels import dispatch, reference
+from qwen3_kernels.dual_chunk_attention import check_chunks
+
+if dispatch.HAS_TRITON:
+    from qwen3_kernels import paged_attention_triton
+
+OP = "paged_attention"
 
 
 def paged_attention(
@@ -29,17 +35,21 @@ def paged_attention(
         k_cache_PSGC, v_cache_PSGC: the pages; keys rotated at their (chunk-local) positions.
         block_table_BM: int, the pages of every sequence in order; entries past the context are ignored.
         context_lens_B: int, tokens of every sequence, the newest included; 0 marks an empty slot, whose output is 0.
-        inv_freq_R, chunk_size, local_size: dual chunks, as in ``dual_chunk_attention``; all or none of them.
+        inv_freq_R, chunk_size, local_size: dual chunks, as in ``dual_chunk_attention``.
         softmax_scale: of the scores; C ** -0.5 where it is None.
 
     Returns:
         out_BHC in q's dtype. Not differentiable.
 
+    Raises:
+        ValueError: chunks that ``check_chunks`` rejects, or caches that the kernel can't read as they lie in memory.
+
     Bandwidth bound: every key and value is read once, 2 G C values a token of context. 64 sequences of 4,096 tokens
     with 4 kv heads x 128 in bfloat16 are 537 MB, 125 us at 4.28 TB/s. No step waits for the host on a GPU: the call can
     be captured in a CUDA graph and replayed for other lengths and pages.
     """
-    function = dispatch.choose("paged_attention", q_BHC)
+    check_chunks(OP, inv_freq_R, chunk_size, local_size)
+    function = dispatch.choose(OP, q_BHC)
     return function(
         q_BHC,
         k_cache_PSGC,
@@ -121,8 +131,6 @@ def _triton_unfit(q_BHC: Tensor) -> str | None:
 
 
 if dispatch.HAS_TRITON:
-    from qwen3_kernels import paged_attention_triton
-
-    dispatch.register("paged_attention", "triton", paged_attention_triton.run, _triton_unfit)
-dispatch.register("paged_attention", "sdpa", paged_attention_sdpa, _not_on_cpu)
-dispatch.register("paged_attention", "reference", reference.paged_attention)
+    dispatch.register(OP, "triton", paged_attention_triton.run, _triton_unfit)
+dispatch.register(OP, "sdpa", paged_attention_sdpa, _not_on_cpu)
+dispatch.register(OP, "reference", reference.paged_attention)

@@ -207,7 +207,7 @@ def _launch(q_BHC: Tensor) -> Launch:
 
 
 @torch.library.custom_op("qwen3_kernels::paged_attention", mutates_args=())
-def _paged_attention(
+def run(
     q_BHC: Tensor,
     k_cache_PSGC: Tensor,
     v_cache_PSGC: Tensor,
@@ -218,6 +218,7 @@ def _paged_attention(
     local_size: int | None,
     softmax_scale: float | None,
 ) -> Tensor:
+    """See ``paged_attention``; a custom operator, so one node of a compiled graph."""
     batch, heads, width = q_BHC.shape
     _, page_size, groups, _ = k_cache_PSGC.shape
     if k_cache_PSGC.stride() != v_cache_PSGC.stride() or k_cache_PSGC.stride(3) != 1:
@@ -225,11 +226,7 @@ def _paged_attention(
             f"paged_attention: caches with strides {k_cache_PSGC.stride()} and {v_cache_PSGC.stride()}, expected equal "
             "ones that end in 1; allocate both as [pages, tokens, kv heads, width]"
         )
-    if (chunk_size is None) != (local_size is None):
-        raise ValueError(f"paged_attention: chunk_size {chunk_size}, local_size {local_size}; give both or neither")
     chunk_len = 0 if chunk_size is None or local_size is None else chunk_size - local_size
-    if chunk_len and inv_freq_R is None:
-        raise ValueError("paged_attention: chunk_size without inv_freq_R; pass the frequencies that rotated q and k")
     q_BHC = q_BHC.contiguous()
     out_BHC = torch.empty(q_BHC.shape, dtype=q_BHC.dtype, device=q_BHC.device)
     if batch == 0:
@@ -278,34 +275,9 @@ def _paged_attention(
     return out_BHC
 
 
-@_paged_attention.register_fake
+@run.register_fake
 def _(q_BHC, *unused):
     return q_BHC.new_empty(q_BHC.shape)
-
-
-def run(
-    q_BHC: Tensor,
-    k_cache_PSGC: Tensor,
-    v_cache_PSGC: Tensor,
-    block_table_BM: Tensor,
-    context_lens_B: Tensor,
-    inv_freq_R: Tensor | None,
-    chunk_size: int | None,
-    local_size: int | None,
-    softmax_scale: float | None,
-) -> Tensor:
-    """``paged_attention`` on Triton; the arguments of the reference."""
-    return _paged_attention(
-        q_BHC,
-        k_cache_PSGC,
-        v_cache_PSGC,
-        block_table_BM,
-        context_lens_B,
-        inv_freq_R,
-        chunk_size,
-        local_size,
-        softmax_scale,
-    )
 
 
 def _cases() -> list[AotCase]:

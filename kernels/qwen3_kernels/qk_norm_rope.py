@@ -37,8 +37,9 @@ def qk_norm_rope(
     Raises:
         ValueError: the width of a head is odd.
 
-    Bandwidth bound. T = 32,768 tokens of 32 + 4 heads x 128 in bfloat16 read and write 604 MB forward (140 us at
-    4.28 TB/s); backward reads gradients and inputs again, 906 MB (211 us), and saves nothing but its inputs.
+    Bandwidth bound. T = 32,768 tokens of 32 + 4 heads x 128 in bfloat16 read and write 604 MB forward (141 us at
+    4.28 TB/s; measured on an H200: 147 to 149, 95 %); backward reads gradients and inputs again, 906 MB (212 us;
+    measured: 220 to 223, 96 %), and saves nothing but its inputs.
     """
     if q_THC.shape[-1] % 2:
         raise ValueError(f"qk_norm_rope: heads of width {q_THC.shape[-1]}, expected an even width: RoPE rotates pairs")

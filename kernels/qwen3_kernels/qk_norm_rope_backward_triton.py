@@ -1,6 +1,11 @@
 """The backward pass of QK-norm and RoPE: one launch for q and k, a small one for the weights' gradients.
 
 Legend: T tokens, H query heads, G kv heads, C head width, R = C / 2 rotated pairs, P programs.
+
+Programs stay and walk over tokens, because the weights' gradients are summed in registers: 220 us at T = 32,768 of
+Qwen3-30B-A3B on an H200 (223 launched alone), 96 % of the roofline, as copying these bytes at 4.28 TB/s takes 212. Two
+tiles are in flight beside the one in use; one takes 231 us, and a whole token at once, with the four warps that hold
+it, 227.
 """
 
 import torch
@@ -11,73 +16,96 @@ from torch import Tensor
 from qwen3_kernels.launch import AotCase, Launch, generation
 from qwen3_kernels.qk_norm_rope_tiles_triton import (
     aot_cases,
-    bucket,
-    head_mask,
-    load_heads,
-    normed,
+    fitted,
+    inverse_rms,
+    load_halves,
     rotation,
-    row_pointers,
+    store_halves,
     token_rows,
     weight_halves,
 )
 
-TOKENS_AT_ONCE = 132 * 48
-"""Tokens of all programs' first turns: 1,584 programs of 4, one to each place on an H200, 263 us at T = 32,768 (three
-to each place 266, fewer than all places 295). Fixed, so that the order of the weight gradients' sums is too."""
-
-_LAUNCH = {
-    "many": Launch({"TOKENS": 4, "HEADS": 2}, num_warps=1, num_stages=1),
-    "wide": Launch({"TOKENS": 4, "HEADS": 1}, num_warps=2, num_stages=1),
-}
-BACKWARD = {(gpu, bucket): launch for gpu in (80, 90, 100) for bucket, launch in _LAUNCH.items()}
+BACKWARD = dict.fromkeys((80, 90, 100), Launch({"BLOCK_H": 8, "AHEAD": 2}, num_warps=2, num_stages=1))
 REDUCE = Launch({"BLOCK_P": 1024, "BLOCK_C": 8}, num_warps=8, num_stages=1)
+PROGRAMS = {80: 6 * 108, 90: 6 * 132, 100: 6 * 148}
+"""What the largest GPU of a generation holds at once: six of 168 registers a thread to a multiprocessor. Fixed, so that
+the order of the weight gradients' sums is too."""
+
+
+@triton.jit
+def _load_pair(
+    x_row_ptr,
+    grad_out_row_ptr,
+    first_head,
+    NUM_HEADS: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    x = load_halves(x_row_ptr, first_head, NUM_HEADS, R, BLOCK_HEADS, BLOCK_R)
+    return x, load_halves(grad_out_row_ptr, first_head, NUM_HEADS, R, BLOCK_HEADS, BLOCK_R)
+
+
+@triton.jit
+def _load_first(
+    x_row_ptr,
+    grad_out_row_ptr,
+    NUM_HEADS: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """The first ``AHEAD`` tiles of inputs and gradients, requested before any is used."""
+    tiles = ()
+    for i in tl.static_range(AHEAD):
+        if i * BLOCK_HEADS < NUM_HEADS:
+            tile = _load_pair(x_row_ptr, grad_out_row_ptr, i * BLOCK_HEADS, NUM_HEADS, R, BLOCK_HEADS, BLOCK_R)
+            tiles = tiles + (tile,)  # type: ignore[assignment]
+    return tiles
 
 
 @triton.jit
 def _backward_heads(
-    grad_out_ptr,
-    x_ptr,
-    grad_x_ptr,
+    tiles,
+    x_row_ptr,
+    grad_out_row_ptr,
+    grad_x_row_ptr,
     weight_ptr,
-    grad_out_stride_T,
-    x_stride_T,
-    token,
-    mask,
     cos,
     sin,
     eps,
-    grad_weight_low,
-    grad_weight_high,
+    sum_low,
+    sum_high,
     NUM_HEADS: tl.constexpr,
     R: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    HEADS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """Writes the gradient of x and returns the weight's sums [tokens, pairs] with these heads added.
+    """Writes the gradient of x and returns the weight's sums [heads of a tile, pairs] with these heads added.
 
-    With h = x rstd (normed), y = w h and g the gradient of y: dw = g h, dx = rstd (w g - h mean(w g h)).
+    With y = w x rstd and g the gradient of y times rstd: dw = g x, dx = w g - x rstd^2 mean(w g x).
     """
     weight_low, weight_high = weight_halves(weight_ptr, R, BLOCK_R)
-    grad_out_ptrs = row_pointers(grad_out_ptr, token, grad_out_stride_T, BLOCK_R)
-    x_ptrs = row_pointers(x_ptr, token, x_stride_T, BLOCK_R)
-    grad_x_ptrs = row_pointers(grad_x_ptr, token, NUM_HEADS * 2 * R, BLOCK_R)
-    for first_head in range(0, NUM_HEADS, HEADS):
-        x = load_heads(x_ptrs, mask, first_head, NUM_HEADS, R, HEADS)
-        grad_out = load_heads(grad_out_ptrs, mask, first_head, NUM_HEADS, R, HEADS)
-        for i in tl.static_range(HEADS):
-            low, high, rstd = normed(x[2 * i], x[2 * i + 1], eps, R)
-            out_low, out_high = grad_out[2 * i].to(tl.float32), grad_out[2 * i + 1].to(tl.float32)
-            # The transposed rotation; cos and sin carry the factor.
-            grad_low, grad_high = out_low * cos + out_high * sin, out_high * cos - out_low * sin
-            grad_weight_low += grad_low * low
-            grad_weight_high += grad_high * high
-            grad_low, grad_high = grad_low * weight_low, grad_high * weight_high
-            mean = (tl.sum(grad_low * low + grad_high * high, axis=1) / (2 * R))[:, None]
-            exists = head_mask(mask, first_head + i, NUM_HEADS, HEADS)
-            ptrs = grad_x_ptrs + (first_head + i) * (2 * R)
-            tl.store(ptrs, rstd * (grad_low - low * mean), mask=exists)
-            tl.store(ptrs + R, rstd * (grad_high - high * mean), mask=exists)
-    return grad_weight_low, grad_weight_high
+    for first_head in tl.static_range(0, NUM_HEADS, BLOCK_HEADS):
+        if first_head + AHEAD * BLOCK_HEADS < NUM_HEADS:
+            next_head = first_head + AHEAD * BLOCK_HEADS
+            tile = _load_pair(x_row_ptr, grad_out_row_ptr, next_head, NUM_HEADS, R, BLOCK_HEADS, BLOCK_R)
+            tiles = tiles + (tile,)
+        x, grad_out = tiles[first_head // BLOCK_HEADS]
+        low, high = x[0].to(tl.float32), x[1].to(tl.float32)
+        out_low, out_high = grad_out[0].to(tl.float32), grad_out[1].to(tl.float32)
+        rstd = inverse_rms(low, high, eps, R)
+        # The transposed rotation; cos and sin carry the factor.
+        grad_low, grad_high = rstd * (out_low * cos + out_high * sin), rstd * (out_high * cos - out_low * sin)
+        sum_low += grad_low * low
+        sum_high += grad_high * high
+        grad_low, grad_high = grad_low * weight_low, grad_high * weight_high
+        mean = (tl.sum(grad_low * low + grad_high * high, axis=1) / (2 * R))[:, None] * (rstd * rstd)
+        grad_low, grad_high = grad_low - low * mean, grad_high - high * mean
+        store_halves(grad_x_row_ptr, grad_low, grad_high, first_head, NUM_HEADS, R, BLOCK_HEADS, BLOCK_R)
+    return sum_low, sum_high
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -103,26 +131,29 @@ def _backward_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    pair = tl.arange(0, BLOCK_R)
-    q_low = tl.zeros([TOKENS, BLOCK_R], tl.float32)
-    q_high, k_low, k_high = q_low, q_low, q_low
-    for block in range(tl.program_id(0), tl.cdiv(num_tokens, TOKENS), tl.num_programs(0)):
-        token = (block * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-        in_tokens = token < num_tokens
-        mask = in_tokens[:, None] & (pair < R)[None, :]
-        cos, sin = rotation(position_ids_ptr, inv_freq_ptr, token, in_tokens, factor, R, BLOCK_R)
-        q_low, q_high = _backward_heads(
-            grad_q_out_ptr, q_ptr, grad_q_ptr, q_weight_ptr, grad_q_out_stride_T, q_stride_T,
-            token, mask, cos, sin, eps, q_low, q_high, H, R, BLOCK_R, HEADS,
-        )  # fmt: skip
+    q_low, q_high = tl.zeros([BLOCK_H, BLOCK_R], tl.float32), tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
+    k_low, k_high = tl.zeros([BLOCK_G, BLOCK_R], tl.float32), tl.zeros([BLOCK_G, BLOCK_R], tl.float32)
+    for index in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
+        token = tl.cast(index, tl.int64)
+        q_row_ptr, grad_q_out_row_ptr = q_ptr + token * q_stride_T, grad_q_out_ptr + token * grad_q_out_stride_T
+        k_row_ptr, grad_k_out_row_ptr = k_ptr + token * k_stride_T, grad_k_out_ptr + token * grad_k_out_stride_T
+        k_tiles = _load_first(k_row_ptr, grad_k_out_row_ptr, G, R, BLOCK_G, BLOCK_R, AHEAD)
+        q_tiles = _load_first(q_row_ptr, grad_q_out_row_ptr, H, R, BLOCK_H, BLOCK_R, AHEAD)
+        cos, sin = rotation(position_ids_ptr, inv_freq_ptr, token, factor, R, BLOCK_R)
         k_low, k_high = _backward_heads(
-            grad_k_out_ptr, k_ptr, grad_k_ptr, k_weight_ptr, grad_k_out_stride_T, k_stride_T,
-            token, mask, cos, sin, eps, k_low, k_high, G, R, BLOCK_R, HEADS,
+            k_tiles, k_row_ptr, grad_k_out_row_ptr, grad_k_ptr + token * (G * 2 * R), k_weight_ptr,
+            cos, sin, eps, k_low, k_high, G, R, BLOCK_G, BLOCK_R, AHEAD,
         )  # fmt: skip
+        q_low, q_high = _backward_heads(
+            q_tiles, q_row_ptr, grad_q_out_row_ptr, grad_q_ptr + token * (H * 2 * R), q_weight_ptr,
+            cos, sin, eps, q_low, q_high, H, R, BLOCK_H, BLOCK_R, AHEAD,
+        )  # fmt: skip
+    pair = tl.arange(0, BLOCK_R)
     row_ptr = grad_weights_P2C_ptr + tl.program_id(0) * (4 * R) + pair
     tl.store(row_ptr, tl.sum(q_low, axis=0), mask=pair < R)
     tl.store(row_ptr + R, tl.sum(q_high, axis=0), mask=pair < R)
@@ -174,10 +205,9 @@ def backward(
     grad_k_TGC = torch.empty(k_TGC.shape, dtype=k_TGC.dtype, device=k_TGC.device)
     grad_q_weight_C = torch.empty((width,), dtype=q_norm_weight_C.dtype, device=q_THC.device)
     grad_k_weight_C = torch.empty((width,), dtype=k_norm_weight_C.dtype, device=q_THC.device)
-    block_R = triton.next_power_of_2(width // 2)
-    launch = BACKWARD[generation(q_THC.device), bucket(width)]
-    tokens = launch.blocks["TOKENS"]
-    programs = min(triton.cdiv(num_tokens, tokens), TOKENS_AT_ONCE // tokens)
+    gpu = generation(q_THC.device)
+    launch = fitted(BACKWARD[gpu], heads, groups, width)
+    programs = min(num_tokens, PROGRAMS[gpu])
     grad_weights_P2C = torch.empty((programs, 2, width), dtype=torch.float32, device=q_THC.device)
     if num_tokens:
         _backward_kernel[(programs,)](
@@ -199,10 +229,6 @@ def backward(
             k_TGC.stride(0),
             attention_factor,
             eps,
-            H=heads,
-            G=groups,
-            R=width // 2,
-            BLOCK_R=block_R,
             **launch.options(),
         )
     _reduce_kernel[(triton.cdiv(width, REDUCE.blocks["BLOCK_C"]), 2)](
@@ -226,6 +252,6 @@ _GRADIENTS = dict.fromkeys(("grad_q_out_ptr", "grad_k_out_ptr", "grad_q_ptr", "g
 _STRIDES = dict.fromkeys(("grad_q_out_stride_T", "grad_k_out_stride_T"), "i32:16")
 _REDUCED = _PARTIAL | dict.fromkeys(("grad_q_weight_ptr", "grad_k_weight_ptr"), "*bf16") | {"num_programs": "i32"}
 AOT_CASES = [
-    *aot_cases("backward", BACKWARD, _backward_kernel, _PARTIAL | _GRADIENTS | _STRIDES),
+    *aot_cases("backward", BACKWARD, _backward_kernel, _PARTIAL | _GRADIENTS | _STRIDES | {"num_tokens": "i32"}),
     AotCase("qk_norm_rope weight gradients", _reduce_kernel, _REDUCED, {"C": 128}, REDUCE),
 ]

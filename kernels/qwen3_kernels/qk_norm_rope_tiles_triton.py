@@ -1,10 +1,11 @@
-"""What the two directions of QK-norm and RoPE share: tiles of a head, normalisation, the rotation.
+"""What the two directions of QK-norm and RoPE share: tiles of a token, the rotation, launches fitted to a model.
 
 Legend: T tokens, H query heads, G kv heads, C head width, R = C / 2 rotated pairs.
 
-A tile is [tokens, pairs] of one head, held twice: the low and the high half of the head, so that a rotation never
-crosses lanes. A warp spans four tokens and walks over the heads, so every thread computes the sine and cosine of its
-own (token, pair) once for all heads, without a table in memory, and the sum of squares is three shuffles.
+A program reads one token at a time, in the order of memory, and asks for its tiles before it uses the first: the
+requests in flight, not the arithmetic, set the pace. A tile is [heads, pairs] of the token, held twice, the low and the
+high half of the heads, so that a rotation never crosses lanes. Position, sine and cosine are those of the one token:
+every lane computes a few pairs and gets the rest from the others, without a table in memory.
 """
 
 import triton
@@ -16,14 +17,12 @@ from qwen3_kernels.rotation_triton import cos_sin
 
 
 @triton.jit
-def rotation(position_ids_ptr, inv_freq_ptr, token, in_tokens, factor, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """cos and sin [tokens, pairs], scaled; float32 throughout, as the reference has it."""
+def rotation(position_ids_ptr, inv_freq_ptr, token, factor, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """cos and sin [1, pairs], scaled; float32 throughout, as the reference has it."""
     pair = tl.arange(0, BLOCK_R)
     inv_freq = tl.load(inv_freq_ptr + pair, mask=pair < R, other=0.0).to(tl.float32)
-    position = tl.load(position_ids_ptr + token, mask=in_tokens, other=0).to(tl.float32)
-    angle = position[:, None] * inv_freq[None, :]
-    cos, sin = cos_sin(angle)
-    return cos * factor, sin * factor
+    cos, sin = cos_sin(tl.load(position_ids_ptr + token).to(tl.float32) * inv_freq)
+    return (cos * factor)[None, :], (sin * factor)[None, :]
 
 
 @triton.jit
@@ -35,32 +34,41 @@ def weight_halves(weight_ptr, R: tl.constexpr, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def row_pointers(ptr, token, stride_T, BLOCK_R: tl.constexpr):
-    return ptr + (token * stride_T)[:, None] + tl.arange(0, BLOCK_R)[None, :]
+def _tile(first_head, NUM_HEADS: tl.constexpr, R: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Offsets within a token, and which of them exist."""
+    head = first_head + tl.arange(0, BLOCK_HEADS)[:, None]
+    pair = tl.arange(0, BLOCK_R)[None, :]
+    return head * (2 * R) + pair, (head < NUM_HEADS) & (pair < R)
 
 
 @triton.jit
-def head_mask(mask, head, NUM_HEADS: tl.constexpr, HEADS: tl.constexpr):
-    return mask if NUM_HEADS % HEADS == 0 else mask & (head < NUM_HEADS)
+def load_halves(
+    row_ptr, first_head, NUM_HEADS: tl.constexpr, R: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    offset, mask = _tile(first_head, NUM_HEADS, R, BLOCK_HEADS, BLOCK_R)
+    low = tl.load(row_ptr + offset, mask=mask, other=0.0)
+    return low, tl.load(row_ptr + R + offset, mask=mask, other=0.0)
 
 
 @triton.jit
-def load_heads(row_ptrs, mask, first_head, NUM_HEADS: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr):
-    """The halves of HEADS heads, all requested before any is used: memory is busy while the first arrives."""
-    halves = ()
-    for i in tl.static_range(HEADS):
-        exists = head_mask(mask, first_head + i, NUM_HEADS, HEADS)
-        ptrs = row_ptrs + (first_head + i) * (2 * R)
-        low, high = tl.load(ptrs, mask=exists, other=0.0), tl.load(ptrs + R, mask=exists, other=0.0)
-        halves = halves + (low, high)  # type: ignore[assignment]
-    return halves
+def store_halves(
+    row_ptr,
+    low,
+    high,
+    first_head,
+    NUM_HEADS: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    offset, mask = _tile(first_head, NUM_HEADS, R, BLOCK_HEADS, BLOCK_R)
+    tl.store(row_ptr + offset, low, mask=mask)
+    tl.store(row_ptr + R + offset, high, mask=mask)
 
 
 @triton.jit
-def normed(low, high, eps, R: tl.constexpr):
-    low, high = low.to(tl.float32), high.to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(low * low + high * high, axis=1) / (2 * R) + eps)[:, None]
-    return low * rstd, high * rstd, rstd
+def inverse_rms(low, high, eps, R: tl.constexpr):
+    return tl.rsqrt(tl.sum(low * low + high * high, axis=1) / (2 * R) + eps)[:, None]
 
 
 def token_rows(x_THC: Tensor) -> Tensor:
@@ -69,24 +77,34 @@ def token_rows(x_THC: Tensor) -> Tensor:
     return x_THC if packed else x_THC.contiguous()
 
 
-def bucket(width: int, few_tokens: bool = False) -> str:
-    """The row of a launch table."""
-    if width > 128:
-        return "wide"
-    return "few" if few_tokens else "many"
+def fitted(launch: Launch, heads: int, groups: int, width: int) -> Launch:
+    """``launch``, whose ``BLOCK_H`` is for heads of 128, with the sizes of a model: wider heads, fewer in a tile."""
+    pairs = triton.next_power_of_2(width // 2)
+    largest = max(1, launch.blocks["BLOCK_H"] * 64 // pairs)
+    sizes = {
+        "H": heads,
+        "G": groups,
+        "R": width // 2,
+        "BLOCK_H": min(largest, triton.next_power_of_2(heads)),
+        "BLOCK_G": min(largest, triton.next_power_of_2(groups)),
+        "BLOCK_R": pairs,
+    }
+    return launch._replace(blocks={**launch.blocks, **sizes})
 
 
-def aot_cases(
-    direction: str, table: dict[tuple[int, str], Launch], kernel: object, extra: dict[str, str]
-) -> list[AotCase]:
-    """Every launch of one direction at the shape of Qwen3-30B-A3B; ``extra`` adds to the arguments that both have."""
+AOT_MODELS = {"": (32, 4, 128), " 14B": (40, 8, 128), " 235B": (64, 4, 128), " wide": (16, 8, 256), " odd": (5, 1, 80)}
+"""Query heads, kv heads and their width: Qwen3-30B-A3B, other Qwen3, and what no Qwen3 has."""
+
+
+def aot_cases(direction: str, table: dict[int, Launch], kernel: object, extra: dict[str, str]) -> list[AotCase]:
+    """Every launch of one direction; ``extra`` adds to the arguments that both have."""
     signature = dict.fromkeys(("q_ptr", "k_ptr", "q_weight_ptr", "k_weight_ptr"), "*bf16")
-    signature |= {"position_ids_ptr": "*i64", "inv_freq_ptr": "*fp32", "num_tokens": "i32"}
+    signature |= {"position_ids_ptr": "*i64", "inv_freq_ptr": "*fp32"}
     signature |= {"q_stride_T": "i32:16", "k_stride_T": "i32:16", "factor": "fp32", "eps": "fp32"}
-    cases = []
-    for (gpu, bucket), launch in table.items():
-        heads, groups, pairs = (16, 8, 128) if bucket == "wide" else (32, 4, 64)
-        constexprs = {"H": heads, "G": groups, "R": pairs, "BLOCK_R": pairs}
-        name = f"qk_norm_rope {direction} {bucket} ({gpu})"
-        cases.append(AotCase(name, kernel, signature | extra, constexprs, launch, generations=(gpu,)))
-    return cases
+    return [
+        AotCase(
+            f"qk_norm_rope {direction}{model} ({gpu})", kernel, signature | extra, {}, fitted(launch, *sizes), (gpu,)
+        )
+        for gpu, launch in table.items()
+        for model, sizes in AOT_MODELS.items()
+    ]

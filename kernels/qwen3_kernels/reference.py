@@ -67,8 +67,8 @@ def router_topk(
 def _topk_low_id_first(scores_TE: Tensor, top_k: int) -> Tensor:
     """Ids of the k largest scores, falling; equal scores go to the lower id, which torch.topk does not promise."""
     num_experts = scores_TE.shape[-1]
-    bits_TE = (scores_TE + 0.0).contiguous().view(torch.int32).long()
-    bits_TE = torch.where(bits_TE < 0, -(bits_TE & 0x7FFFFFFF), bits_TE)  # float order as integer order
+    bits_TE = scores_TE.contiguous().view(torch.int32).long()
+    bits_TE = torch.where(bits_TE < 0, -(bits_TE & 0x7FFFFFFF), bits_TE)  # float order as integer order; -0.0 is 0
     tie_break_E = torch.arange(num_experts - 1, -1, -1, device=scores_TE.device)
     keys_TE = bits_TE * num_experts + tie_break_E
     return keys_TE.topk(top_k, dim=-1, sorted=True).indices

@@ -55,25 +55,27 @@ def router_topk(
         selection_bias_E: added to the probabilities for the choice alone (aux-loss-free balancing, arXiv 2408.15664).
 
     Raises:
-        ValueError: ``top_k`` is not between 1 and E, or above 16 on the fast path.
+        ValueError: ``top_k`` is not between 1 and E.
 
-    Deterministic, and without a host sync on the fast path, which takes E up to 512 (beyond, the reference runs) and K
-    up to 16. Bandwidth bound: T = 32,768, E = 128 and K = 8 read 16.8 MB and write 4.2 MB forward (5 us at 4.28 TB/s on
-    an H200), and move 36.7 MB backward (9 us).
+    Deterministic, and without a host sync on the fast path, which takes E up to 512 and K up to 16; beyond, the
+    reference runs. Bandwidth bound: T = 32,768, E = 128 and K = 8 read 16.8 MB and write 4.2 MB forward (5 us at
+    4.28 TB/s on an H200), and move 36.7 MB backward (9 us).
     """
     if not 1 <= top_k <= logits_TE.shape[-1]:
         raise ValueError(f"router_topk: top_k is {top_k}, expected between 1 and the {logits_TE.shape[-1]} experts")
-    function = dispatch.choose("router_topk", logits_TE)
+    function = dispatch.choose("router_topk", logits_TE, top_k=top_k)
     return Routing(*function(logits_TE, top_k, renormalize, token_mask_T, expert_ids_TK, selection_bias_E))
 
 
 if dispatch.HAS_TRITON:
     from qwen3_kernels import router_topk_triton
 
-    def _unfit(logits_TE: Tensor) -> str | None:
-        limit = router_topk_triton.MAX_EXPERTS
-        if logits_TE.shape[-1] > limit:
-            return f"the kernels take at most {limit} experts, not {logits_TE.shape[-1]}"
+    def _unfit(logits_TE: Tensor, top_k: int) -> str | None:
+        most_experts, most_chosen = router_topk_triton.MAX_EXPERTS, router_topk_triton.MAX_TOP_K
+        if logits_TE.shape[-1] > most_experts:
+            return f"the kernels take at most {most_experts} experts, not {logits_TE.shape[-1]}"
+        if top_k > most_chosen:
+            return f"the kernels choose at most {most_chosen} experts a token, not {top_k}"
         return dispatch.needs_triton(logits_TE)
 
     dispatch.register("router_topk", "triton", router_topk_triton.run, _unfit)

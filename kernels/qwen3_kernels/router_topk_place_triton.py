@@ -1,131 +1,183 @@
-"""Second and third launch of the routing: where every row stands among the rows sorted by expert.
+"""Second launch of the routing: where every row stands among the rows sorted by expert, and the sums over spans.
 
-``scan_kernel`` turns the tiles' counts into running counts over tiles, and their partial sums into sums.
-``place_kernel`` sorts the few rows of a tile for each row's rank there; the running counts do the rest.
+A program places the rows of one span. It adds up the counts of all spans and of those before its own (64 KB of int16,
+from the cache), sorts the rows of each of its tiles, few enough for shuffles, and so knows every row's place. Programs
+beyond the spans add up the partial sums of a few experts each.
 
-Legend: T tokens, E experts, K experts per token, N = T * K routed rows; a tile is ``TOKENS`` consecutive tokens.
+Legend: T tokens, E experts, K experts per token, N = T * K routed rows; a tile is ``TOKENS`` consecutive tokens, a span
+the consecutive tiles of one program of the first launch.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from qwen3_kernels.launch import AotCase, Launch
 from qwen3_kernels.router_topk_rows_triton import padded_experts
 
-# 1,024 tiles at once: up to T = 32,768 the scan is one round trip to memory.
-SCAN_LAUNCHES = {gpu: Launch({"TILES": 1024, "EXPERTS": 2}, num_warps=8, num_stages=1) for gpu in (80, 90, 100)}
-# One warp sorts the 256 rows of a tile with shuffles alone.
-PLACE_LAUNCHES = {gpu: Launch({}, num_warps=2, num_stages=1) for gpu in (80, 90, 100)}
+# Counts of 256 spans at once for E = 128: 64 words a thread, all on their way together.
+LAUNCHES = {
+    (gpu, experts): Launch({"SPANS": 32768 // experts, "TILES": tiles}, num_warps=8, num_stages=1)
+    for gpu in (80, 90, 100)
+    for experts, tiles in ((128, 2), (256, 2), (512, 2))
+}
+MAX_REGISTERS = 128
+"""Two blocks of eight warps on a multiprocessor."""
+SUM_EXPERTS = 8
+"""Experts whose partial sums one program adds up: a sector of memory for each span."""
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
-def scan_kernel(
-    tile_counts,
-    tile_prob_sums,
-    tile_z_sums,
-    counts_E,
+@triton.jit
+def _counts(span_pair_counts, num_spans, span, SPANS: tl.constexpr, EXPERTS: tl.constexpr):
+    """[EXPERTS] int32 of all spans, and of those before ``span``."""
+    # Counts are read in pairs and eight pairs are added as they are; no span has so many rows that 16 bits overflow.
+    ROWS: tl.constexpr = SPANS // 8
+    PAIRS: tl.constexpr = EXPERTS // 2
+    row_S = tl.arange(0, SPANS)
+    both_P22 = tl.zeros((PAIRS, 2, 2), tl.int32)
+    for start in range(0, num_spans, SPANS):
+        at_SP = (start + row_S)[:, None] * PAIRS + tl.arange(0, PAIRS)[None, :]
+        pair_SP = tl.load(span_pair_counts + at_SP, mask=(row_S < num_spans - start)[:, None], other=0)
+        before_SP = tl.where((row_S < span - start)[:, None], pair_SP, 0)
+        all_RP = tl.sum(tl.reshape(pair_SP, (8, ROWS, PAIRS)), axis=0)
+        before_RP = tl.sum(tl.reshape(before_SP, (8, ROWS, PAIRS)), axis=0)
+        both_RP2 = tl.join(all_RP, before_RP)
+        both_RP22 = tl.join(both_RP2 & 0xFFFF, (both_RP2 >> 16) & 0xFFFF)
+        both_P22 += tl.sum(both_RP22, axis=0)
+    all_P2, before_P2 = tl.split(tl.trans(both_P22, 0, 2, 1))
+    return tl.reshape(all_P2, (EXPERTS,)), tl.reshape(before_P2, (EXPERTS,))
+
+
+@triton.jit
+def _sum_partials(
+    span_prob_sums,
+    span_z_sums,
     prob_sum_E,
     z_sum,
-    num_tiles,
-    num_experts: tl.constexpr,
-    TILES: tl.constexpr,
+    num_spans,
+    program,
+    num_experts,
     EXPERTS: tl.constexpr,
+    SUM: tl.constexpr,
 ):
-    expert_E = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
-    exists_E = expert_E < num_experts
-    count_E = tl.zeros((EXPERTS,), tl.int32)
-    prob_E = tl.zeros((EXPERTS,), tl.float32)
-    for start in range(0, num_tiles, TILES):
-        tile = start + tl.arange(0, TILES)
-        inside = (tile < num_tiles)[:, None] & exists_E[None, :]
-        at = tile.to(tl.int64)[:, None] * num_experts + expert_E[None, :]
-        own = tl.load(tile_counts + at, mask=inside, other=0)
-        prob_E += tl.sum(tl.load(tile_prob_sums + at, mask=inside, other=0.0), axis=0)
-        tl.store(tile_counts + at, tl.cumsum(own, axis=0) + count_E[None, :], mask=inside)
-        count_E += tl.sum(own, axis=0)
-    tl.store(counts_E + expert_E, count_E.to(tl.int64), mask=exists_E)
-    tl.store(prob_sum_E + expert_E, prob_E, mask=exists_E)
-    if tl.program_id(0) == 0:
-        z_TILES = tl.zeros((TILES,), tl.float32)
-        for start in range(0, num_tiles, TILES):
-            tile = start + tl.arange(0, TILES)
-            z_TILES += tl.load(tile_z_sums + tile, mask=tile < num_tiles, other=0.0)
-        tl.store(z_sum, tl.sum(z_TILES, axis=0))
+    expert = program * SUM + tl.arange(0, SUM)
+    prob = tl.zeros((256, SUM), tl.float32)
+    z = tl.zeros((256,), tl.float32)
+    for start in range(0, num_spans, 256):
+        span = start + tl.arange(0, 256)
+        inside = span < num_spans
+        prob += tl.load(span_prob_sums + (span[:, None] * EXPERTS + expert[None, :]), mask=inside[:, None], other=0.0)
+        z += tl.load(span_z_sums + span, mask=inside, other=0.0)
+    tl.store(prob_sum_E + expert, tl.sum(prob, axis=0), mask=expert < num_experts)
+    if program == 0:
+        tl.store(z_sum, tl.sum(z, axis=0))
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_spans", "span_tiles"])
 def place_kernel(
     expert_ids_TK,
     token_mask_T,
-    running_counts,
+    tile_counts,
+    span_pair_counts,
+    span_prob_sums,
+    span_z_sums,
     counts_E,
+    prob_sum_E,
+    z_sum,
     order_N,
     position_TK,
     offsets_E,
     num_tokens,
+    num_spans,
+    span_tiles,
     num_experts: tl.constexpr,
     top_k: tl.constexpr,
     EXPERTS: tl.constexpr,
     SLOTS: tl.constexpr,
     TOKENS: tl.constexpr,
+    SUM: tl.constexpr,
+    PDL: tl.constexpr,
+    SPANS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    ROWS: tl.constexpr = TOKENS * SLOTS
-    tile = tl.program_id(0)
-    expert_E = tl.arange(0, EXPERTS)
-    exists_E = expert_E < num_experts
-    count_E = tl.load(counts_E + expert_E, mask=exists_E, other=0).to(tl.int32)
-    end_E = tl.cumsum(count_E, axis=0)
-    if tile == 0:
-        tl.store(offsets_E + expert_E, end_E, mask=exists_E)
-    running = running_counts + tile.to(tl.int64) * num_experts + expert_E
-    upto_E = tl.load(running, mask=exists_E, other=0)
-    before_E = tl.load(running - num_experts, mask=exists_E & (tile > 0), other=0)
-    own_E = upto_E - before_E
-
-    row = tl.arange(0, ROWS)
-    token, slot = tile * TOKENS + row // SLOTS, row % SLOTS
-    exists = (token < num_tokens) & (slot < top_k)
-    expert = tl.load(expert_ids_TK + token * top_k + slot, mask=exists, other=0)
-    if token_mask_T is not None:
-        expert = tl.where(tl.load(token_mask_T + token, mask=exists, other=0) != 0, expert, EXPERTS)
-    expert = tl.where(exists, expert, EXPERTS + 1)
-    # The row in the low bits makes the sort stable; masked rows come after all experts, missing ones after those.
-    key = tl.sort(expert * ROWS + row)
-    expert, row = key // ROWS, key % ROWS
-    # Row i of the sorted tile goes to i + shift: where the expert starts, past its rows of earlier tiles, and less the
-    # rows of other experts that precede it here.
-    shift_E = (end_E - count_E) + before_E - (tl.cumsum(own_E, axis=0) - own_E)
-    masked_before = tile * (TOKENS * top_k) - tl.sum(before_E, axis=0)
-    masked_shift = tl.sum(count_E, axis=0) + masked_before - tl.sum(own_E, axis=0)
-    shift = tl.gather(shift_E, tl.minimum(expert, EXPERTS - 1), axis=0)
-    position = tl.where(expert == EXPERTS, masked_shift, shift) + tl.arange(0, ROWS)
-    origin = (tile * TOKENS + row // SLOTS) * top_k + row % SLOTS
-    tl.store(order_N + position, origin, mask=expert <= EXPERTS)
-    tl.store(position_TK + origin, position, mask=expert <= EXPERTS)
+    if PDL:
+        gdc_wait()
+    span = tl.program_id(0)
+    if span >= num_spans:
+        program = span - num_spans
+        _sum_partials(span_prob_sums, span_z_sums, prob_sum_E, z_sum, num_spans, program, num_experts, EXPERTS, SUM)
+        if program == 0:
+            expert_E = tl.arange(0, EXPERTS)
+            count_E, _ = _counts(span_pair_counts, num_spans, 0, SPANS, EXPERTS)
+            tl.store(counts_E + expert_E, count_E.to(tl.int64), mask=expert_E < num_experts)
+            tl.store(offsets_E + expert_E, tl.cumsum(count_E, axis=0), mask=expert_E < num_experts)
+    else:
+        ROWS: tl.constexpr = TOKENS * SLOTS
+        expert_E = tl.arange(0, EXPERTS)
+        tile_S = tl.arange(0, TILES)
+        row_R = tl.arange(0, ROWS)
+        count_E, before_E = _counts(span_pair_counts, num_spans, span, SPANS, EXPERTS)
+        end_E = tl.cumsum(count_E, axis=0)
+        counted = tl.sum(count_E, axis=0)
+        counted_before = tl.sum(before_E, axis=0)
+        # Row i of a sorted tile goes to i + shift: where the expert starts, past its rows of earlier tiles, and less
+        # the rows of other experts that precede it in the tile.
+        start_E = end_E - count_E + before_E
+        num_tiles = tl.cdiv(num_tokens, TOKENS)
+        end_tile = tl.minimum(span * span_tiles + span_tiles, num_tiles)
+        for first_tile in range(span * span_tiles, end_tile, TILES):
+            tile = first_tile + tile_S
+            own_SE = tl.load(
+                tile_counts + (tile[:, None].to(tl.int64) * EXPERTS + expert_E[None, :]),
+                mask=(tile < end_tile)[:, None],
+                other=0,
+            ).to(tl.int32)
+            token = tile[:, None] * TOKENS + row_R[None, :] // SLOTS
+            slot = row_R[None, :] % SLOTS
+            exists = (token < tl.minimum(num_tokens, end_tile * TOKENS)) & (slot < top_k)
+            expert = tl.load(expert_ids_TK + token * top_k + slot, mask=exists, other=0)
+            if token_mask_T is not None:
+                expert = tl.where(tl.load(token_mask_T + token, mask=exists, other=0) != 0, expert, EXPERTS)
+            expert = tl.where(exists, expert, EXPERTS + 1)
+            # The row in the low bits makes the sort stable; masked rows come after all experts, missing ones last.
+            key = tl.sort(expert * ROWS + row_R[None, :], dim=1)
+            expert, row = key // ROWS, key % ROWS
+            earlier_SE = tl.cumsum(own_SE, axis=0) - own_SE
+            shift_SE = start_E[None, :] + earlier_SE - (tl.cumsum(own_SE, axis=1) - own_SE)
+            at = tile_S[:, None] * EXPERTS + tl.minimum(expert, EXPERTS - 1)
+            shift = tl.gather(tl.reshape(shift_SE, (TILES * EXPERTS,)), tl.reshape(at, (TILES * ROWS,)), axis=0)
+            shift = tl.reshape(shift, (TILES, ROWS))
+            if token_mask_T is not None:
+                own_S = tl.sum(own_SE, axis=1)
+                masked_S = counted + tile * (TOKENS * top_k) - counted_before - tl.sum(earlier_SE, axis=1) - own_S
+                shift = tl.where(expert == EXPERTS, masked_S[:, None], shift)
+            position = shift + row_R[None, :]
+            origin = (tile[:, None] * TOKENS + row // SLOTS) * top_k + row % SLOTS
+            tl.store(order_N + position, origin, mask=expert <= EXPERTS)
+            tl.store(position_TK + origin, position, mask=expert <= EXPERTS)
+            start_E += tl.sum(own_SE, axis=0)
+            counted_before += tl.sum(own_SE)
 
 
 def _aot_cases() -> list[AotCase]:
-    scan_types = {
-        **dict.fromkeys(("tile_prob_sums", "tile_z_sums", "prob_sum_E", "z_sum"), "*fp32"),
-        **{"tile_counts": "*i32", "counts_E": "*i64", "num_tiles": "i32"},
-    }
-    place_types = {
-        **dict.fromkeys(("expert_ids_TK", "running_counts", "order_N", "position_TK", "offsets_E"), "*i32"),
-        **{"token_mask_T": "*i1", "counts_E": "*i64", "num_tokens": "i32"},
+    types = {
+        **dict.fromkeys(("expert_ids_TK", "span_pair_counts", "order_N", "position_TK", "offsets_E"), "*i32"),
+        **dict.fromkeys(("span_prob_sums", "span_z_sums", "prob_sum_E", "z_sum"), "*fp32"),
+        **{"token_mask_T": "*i1", "tile_counts": "*i16", "counts_E": "*i64"},
+        **dict.fromkeys(("num_tokens", "num_spans", "span_tiles"), "i32"),
     }
     cases = []
-    for gpu in (80, 90, 100):
-        scan = SCAN_LAUNCHES[gpu]
-        cases.append(AotCase(f"router_topk_scan_sm{gpu}", scan_kernel, scan_types, {"num_experts": 128}, scan, (gpu,)))
-        for name, E, K, tokens, slots, absent in (
-            ("e128_k8", 128, 8, 32, 8, {"token_mask_T": None}),
-            ("e60_k4_masked", 60, 4, 32, 8, {}),
-            ("e512_k16", 512, 16, 8, 32, {"token_mask_T": None}),
-        ):
-            shape = {"num_experts": E, "top_k": K, "EXPERTS": padded_experts(E), "SLOTS": slots, "TOKENS": tokens}
+    for name, E, K, tokens, slots, absent in (
+        ("e128_k8", 128, 8, 64, 8, {"token_mask_T": None}),
+        ("e60_k4_masked", 60, 4, 64, 8, {}),
+        ("e512_k16", 512, 16, 16, 16, {"token_mask_T": None}),
+    ):
+        experts = padded_experts(E)
+        shape = {"num_experts": E, "top_k": K, "EXPERTS": experts, "SLOTS": slots, "TOKENS": tokens, "SUM": SUM_EXPERTS}
+        for gpu in (80, 90, 100):
             label = f"router_topk_place_{name}_sm{gpu}"
-            place = PLACE_LAUNCHES[gpu]
-            cases.append(AotCase(label, place_kernel, place_types, {**shape, **absent}, place, (gpu,)))
+            constexprs = {**shape, **absent, "PDL": gpu >= 90}
+            cases.append(AotCase(label, place_kernel, types, constexprs, LAUNCHES[gpu, experts], (gpu,)))
     return cases
 
 

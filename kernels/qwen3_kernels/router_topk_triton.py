@@ -1,8 +1,7 @@
-"""Top-k routing in three launches forward and one backward, without a host sync or a float atomic.
+"""Top-k routing in two launches forward and one backward, without a host sync or a float atomic.
 
-1. ``select_kernel``, one program a tile of tokens: softmax, the k largest, weights, the tile's counts and partial sums.
-2. ``scan_kernel``, one program a few experts: counts of the tiles become running counts, partial sums become sums.
-3. ``place_kernel``, one program a tile: a small sort finds each row's rank in its tile, running counts do the rest.
+1. ``select_kernel``, one program a span of tokens: softmax, the k largest, weights, the span's counts and partial sums.
+2. ``place_kernel``, one program a span: counts of all spans say where its rows start, small sorts find each row's rank.
 
 Legend: T tokens, E experts, K experts per token, N = T * K routed rows.
 """
@@ -13,12 +12,17 @@ from torch import Tensor
 
 from qwen3_kernels import router_topk_backward_triton as backward_triton
 from qwen3_kernels.launch import generation
-from qwen3_kernels.router_topk_place_triton import PLACE_LAUNCHES, SCAN_LAUNCHES, place_kernel, scan_kernel
+from qwen3_kernels.router_topk_place_triton import LAUNCHES as PLACE_LAUNCHES
+from qwen3_kernels.router_topk_place_triton import MAX_REGISTERS as PLACE_REGISTERS
+from qwen3_kernels.router_topk_place_triton import SUM_EXPERTS, place_kernel
 from qwen3_kernels.router_topk_rows_triton import padded_experts
 from qwen3_kernels.router_topk_select_triton import LAUNCHES as SELECT_LAUNCHES
-from qwen3_kernels.router_topk_select_triton import padded_slots, select_kernel
+from qwen3_kernels.router_topk_select_triton import MAX_REGISTERS as SELECT_REGISTERS
+from qwen3_kernels.router_topk_select_triton import MAX_SPAN_ROWS, SPANS, padded_slots, select_kernel
 
 MAX_EXPERTS, MAX_TOP_K = 512, 16
+OVERLAP = {90, 100}
+"""Generations that start a dependent launch before the first has ended (programmatic dependent launch)."""
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """The logsumexp of every token, for the backward pass, and the fields of ``Routing``."""
 
@@ -36,56 +40,65 @@ def _route(
     lse_T, expert_ids_TK, weights_TK, counts_E, prob_sum_E, z_sum, order_N, position_TK, offsets_E = outputs
     num_tokens, num_experts = logits_TE.shape
     gpu, experts = generation(logits_TE.device), padded_experts(num_experts)
-    select, scan, place = SELECT_LAUNCHES[gpu, experts], SCAN_LAUNCHES[gpu], PLACE_LAUNCHES[gpu]
+    select, place = SELECT_LAUNCHES[gpu, experts], PLACE_LAUNCHES[gpu, experts]
+    overlap = logits_TE.is_cuda and gpu in OVERLAP
     tokens = select.blocks["TOKENS"]
     slots = padded_slots(top_k, select)
-    num_tiles = max(1, triton.cdiv(num_tokens, tokens))
-    tile_counts = logits_TE.new_empty((num_tiles, num_experts), dtype=torch.int32)
-    tile_prob_sums, tile_z_sums = logits_TE.new_empty((num_tiles, num_experts)), logits_TE.new_empty(num_tiles)
-    select_kernel[(num_tiles,)](
-        logits_TE,
-        bias_E,
-        given_ids_TK,
-        token_mask_T,
+    num_tiles = triton.cdiv(num_tokens, tokens)
+    span_tiles = max(1, min(triton.cdiv(num_tiles, SPANS), MAX_SPAN_ROWS // (tokens * top_k)))
+    num_spans = triton.cdiv(num_tiles, span_tiles)
+    tile_counts = logits_TE.new_empty((num_tiles, experts), dtype=torch.int16)
+    span_counts = logits_TE.new_empty((num_spans, experts), dtype=torch.int16)
+    span_prob_sums, span_z_sums = logits_TE.new_empty((num_spans, experts)), logits_TE.new_empty(num_spans)
+    if num_tokens:
+        select_kernel[(num_spans,)](
+            logits_TE,
+            bias_E,
+            given_ids_TK,
+            token_mask_T,
+            expert_ids_TK,
+            weights_TK,
+            lse_T,
+            tile_counts,
+            span_counts,
+            span_prob_sums,
+            span_z_sums,
+            num_tokens,
+            span_tiles,
+            num_experts=num_experts,
+            top_k=top_k,
+            RENORMALIZE=renormalize,
+            EXPERTS=experts,
+            SLOTS=slots,
+            PDL=overlap,
+            maxnreg=SELECT_REGISTERS,
+            **select.options(),
+        )
+    place_kernel[(num_spans + triton.cdiv(num_experts, SUM_EXPERTS),)](
         expert_ids_TK,
-        weights_TK,
-        lse_T,
+        token_mask_T,
         tile_counts,
-        tile_prob_sums,
-        tile_z_sums,
-        num_tokens,
-        num_experts=num_experts,
-        top_k=top_k,
-        RENORMALIZE=renormalize,
-        EXPERTS=experts,
-        SLOTS=slots,
-        **select.options(),
-    )
-    scan_kernel[(triton.cdiv(num_experts, scan.blocks["EXPERTS"]),)](
-        tile_counts,
-        tile_prob_sums,
-        tile_z_sums,
+        span_counts.view(torch.int32),
+        span_prob_sums,
+        span_z_sums,
         counts_E,
         prob_sum_E,
         z_sum,
-        num_tiles,
-        num_experts=num_experts,
-        **scan.options(),
-    )
-    place_kernel[(num_tiles,)](
-        expert_ids_TK,
-        token_mask_T,
-        tile_counts,
-        counts_E,
         order_N,
         position_TK,
         offsets_E,
         num_tokens,
+        num_spans,
+        span_tiles,
         num_experts=num_experts,
         top_k=top_k,
         EXPERTS=experts,
         SLOTS=slots,
         TOKENS=tokens,
+        SUM=SUM_EXPERTS,
+        PDL=overlap,
+        launch_pdl=overlap,
+        maxnreg=PLACE_REGISTERS,
         **place.options(),
     )
     return outputs
@@ -142,11 +155,6 @@ def run(
     selection_bias_E: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """The implementation ``triton`` of ``router_topk``."""
-    if top_k > MAX_TOP_K:
-        raise ValueError(
-            f"router_topk: the triton kernels choose at most {MAX_TOP_K} experts a token, top_k is {top_k}; "
-            'run it inside dispatch.prefer("router_topk", "reference")'
-        )
     return _route(
         logits_TE.float().contiguous(),
         top_k,

@@ -4,7 +4,14 @@ import argparse
 import logging
 from pathlib import Path
 
-from qwen3_lit.cli.checkpoint_writing import add_writing_arguments, parse_dtype, parse_size, summary, written_summary
+from qwen3_lit.cli.checkpoint_writing import (
+    add_writing_arguments,
+    check_given_tokenizer,
+    parse_dtype,
+    parse_size,
+    summary,
+    written_summary,
+)
 from qwen3_lit.cli.resume_point import newest_checkpoint
 from qwen3_lit.errors import UserError
 
@@ -46,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
         state, config = checkpoint.weights, checkpoint.config  # type: ignore[assignment]
         tokenizers = [folder / "hf" for folder in (source.parent.parent, source.parent)]
         tokenizers += [checkpoint.tokenizer] if checkpoint.tokenizer else []
-    tokenizer = args.tokenizer or next((folder for folder in tokenizers if tokenizer_files(Path(folder))), None)
+    own = next((folder for folder in tokenizers if tokenizer_files(Path(folder))), None)
+    check_given_tokenizer(args.tokenizer, config.vocab_size, own)
+    tokenizer = args.tokenizer or own
     if tokenizer is None:
         logger.warning("%s: no tokenizer found; the folder gets none (--tokenizer DIR adds one)", source)
     print(f"{source}: {summary(config)}")

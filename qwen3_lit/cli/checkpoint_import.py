@@ -3,7 +3,14 @@
 import argparse
 from pathlib import Path
 
-from qwen3_lit.cli.checkpoint_writing import add_writing_arguments, parse_dtype, parse_size, summary, written_summary
+from qwen3_lit.cli.checkpoint_writing import (
+    add_writing_arguments,
+    check_given_tokenizer,
+    parse_dtype,
+    parse_size,
+    summary,
+    written_summary,
+)
 
 HELP = (
     "Check a Hugging Face Qwen3 folder, dense or mixture of experts, in either layout, and write it as a folder that "
@@ -30,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = args.tokenizer or (source if tokenizer_files(source) else None)
     if tokenizer:
         require_fit(tokenizer_ids(Path(tokenizer)), weights.config.vocab_size, tokenizer)
+    check_given_tokenizer(args.tokenizer, weights.config.vocab_size, source)
     print(f"{source}: {summary(weights.config)}")
     if args.out is None:
         print(f"{source}: complete; init_from can name it as it is")

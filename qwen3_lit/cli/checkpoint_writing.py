@@ -35,6 +35,14 @@ def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_given_tokenizer(given: str | None, vocab_size: int, own: Path | str | None) -> None:
+    """Refuse a ``--tokenizer`` that gives other ids than the one the weights came with. Raises UserError."""
+    if given is not None:
+        from qwen3_lit.data.tokenizer import check_tokenizer_fits, load_tokenizer
+
+        check_tokenizer_fits(load_tokenizer(given), vocab_size, None if own is None else str(own))
+
+
 def parse_dtype(text: str) -> "torch.dtype | None":
     """A torch type by name, None for ``keep``. Raises UserError."""
     import torch

@@ -7,6 +7,7 @@ tree is the user's mistake; the keys on the way to it, looked up among the setti
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from qwen3_lit.cli.recipe_files import KeyPath, Setting
 
@@ -126,7 +127,7 @@ def _clip(text: str, limit: int = 80) -> str:
 def _from_value_error(text: str, path: Sequence[str], settings: Sequence[Setting]) -> str:
     """A message of a config's own check: its first word names the field, which gives the line."""
     text = " ".join(text.split())
-    match = re.match(r"([A-Za-z_][\w.]*)\b", text)
+    match = re.match(r"`?([A-Za-z_][\w.]*)\b", text)
     setting: Setting | None = None
     if match:
         wanted = _plain([*path, *match[1].split(".")])
@@ -138,10 +139,26 @@ def _from_value_error(text: str, path: Sequence[str], settings: Sequence[Setting
     return f"{setting.where}: {text}" if setting else text
 
 
+def _set_by_path(message: str, settings: Sequence[Setting]) -> Setting | None:
+    """The last setting of the longest path that a message opens with, such as ``init_from`` of a missing folder."""
+    found: tuple[int, Setting] | None = None
+    for setting in settings:
+        for path in {setting.value or "", str(Path(setting.value or ""))}:
+            opens = re.match(rf"{re.escape(path)}[/:]", message) if len(path) > 1 else None
+            if opens and (found is None or len(path) >= found[0]):
+                found = len(path), setting
+    return found[1] if found else None
+
+
 def explain_value_error(message: str, settings: Sequence[Setting]) -> str:
-    """One line for an error raised by a config's own checks while the classes are built."""
+    """One line for an error raised while the classes are built or the run is set up.
+
+    A message opens with the field of a config's own check, or with the file or folder that is at fault.
+    """
     if "Errors:" in message:
         bullets = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip().startswith("- ")]
         own = [text for text in bullets if not re.match(r"Expected a|Problem with|Not a valid subclass", text)]
         message = own[0] if own else message
+    if setting := _set_by_path(message, settings):
+        return f"{setting.where}: {'.'.join(setting.path)}: {' '.join(message.split())}"
     return _from_value_error(message, (), settings)

@@ -25,6 +25,7 @@ class JsonlLogger(Logger):
         super().__init__()
         self.path = Path(folder) / "metrics.jsonl"
         self._continued = False
+        self._latest: tuple[int, frozenset[str]] | None = None
 
     @property
     def name(self) -> str:
@@ -42,8 +43,14 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append one row; non-finite values are written as null, which every JSON reader accepts."""
+        """Append one row; non-finite values are written as null, which every JSON reader accepts.
+
+        The same figures of the same step are one row, however often they come: before the step is saved, and after.
+        """
         step = 0 if step is None else int(step)
+        if self._latest == (step, frozenset(metrics)):
+            return
+        self._latest = step, frozenset(metrics)
         if not self._continued:
             self._drop_repeated(step)
             self._continued = True

@@ -8,6 +8,7 @@ folder (``trainer.default_root_dir``); weights of another phase come in through 
 
 import importlib
 import logging
+import shutil
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -29,7 +30,10 @@ from jsonargparse import ArgumentParser, set_parsing_settings  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback  # noqa: E402
+from lightning.pytorch.plugins.io import CheckpointIO  # noqa: E402
 
+from qwen3_lit.callbacks.run_report import BEFORE_FILE  # noqa: E402
+from qwen3_lit.cli.checkpoint_file import WholeFileCheckpointIO  # noqa: E402
 from qwen3_lit.data.text_data_module import TextDataModule  # noqa: E402
 from qwen3_lit.modules.phase_module import PhaseModule  # noqa: E402
 
@@ -55,6 +59,13 @@ CHECKPOINT_INTERVAL = timedelta(minutes=15)
 
 class SaveRecipe(SaveConfigCallback):
     """Writes the resolved recipe to ``config.yaml`` in the run folder, replacing the one of an earlier start."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Nothing yet: data, model and checkpoint may turn out not to fit."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Everything is loaded: save."""
+        super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Called on rank zero only."""
@@ -98,14 +109,23 @@ class PhaseCLI(LightningCLI):
         """Nothing yet: run() follows, outside the handling of mistakes in the recipe."""
 
     def run(self) -> None:
-        """Carry out the verb. Raises KeyboardInterrupt after Lightning closed the run on Ctrl-C."""
+        """Carry out the verb. Raises KeyboardInterrupt after Lightning closed the run on Ctrl-C.
+
+        What bad input left in the run folder, such as an empty tensorboard, is removed, unless the run had come to
+        measure or train something.
+        """
+        folder = Path(self.trainer.default_root_dir)
+        before = set(folder.iterdir()) if folder.is_dir() else None
         try:
             super()._run_subcommand(self.verb)
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from error
             raise
-        except MisconfigurationException as error:
+        except (UserError, MisconfigurationException) as error:
+            nothing_done = self.trainer.global_step == 0 and not (folder / BEFORE_FILE).exists()
+            if self.trainer.is_global_zero and nothing_done:
+                _remove_new(folder, before)
             raise UserError(" ".join(str(error).split())) from error
 
     def _parse_ckpt_path(self) -> None:
@@ -145,7 +165,19 @@ class PhaseCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
         if config.get("logger") in (None, True):
             config["logger"] = _loggers(Path(config["default_root_dir"]))
+        plugins = config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            config["plugins"] = [*plugins, WholeFileCheckpointIO()]
         return super()._instantiate_trainer(config, callbacks)
+
+
+def _remove_new(folder: Path, before: set[Path] | None) -> None:
+    """Remove what is in ``folder`` now and was not before, and the folder when it was not there (None)."""
+    for path in set(folder.iterdir()) - (before or set()) if folder.is_dir() else ():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if before is None and folder.is_dir():
+        folder.rmdir()
 
 
 def _loggers(folder: Path) -> list[Any]:
@@ -226,9 +258,12 @@ def run_lightning(verb: str, argv: Sequence[str]) -> int:
         line = explain(str(error), settings, known_keys, nearest_class)
         raise UserError(line) from error
     except MisconfigurationException as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(explain_value_error(str(error), settings)) from error
     except ValueError as error:
         explained = _explain_build_error(error, settings)
         raise explained from (error if explained is not error else None)
-    cli.run()
+    try:
+        cli.run()
+    except UserError as error:
+        raise UserError(explain_value_error(str(error), settings)) from error
     return 0

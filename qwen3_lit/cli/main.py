@@ -56,21 +56,31 @@ VERBS = [
 LIGHTNING_VERBS = ("fit", "validate", "test")
 
 
+def _verb_lines(prefix: str = "") -> list[str]:
+    verbs = [verb for verb in VERBS if verb.name.startswith(prefix)]
+    width = max(len(verb.name) for verb in verbs)
+    return [f"  {verb.name:<{width}}  {verb.summary}" for verb in verbs]
+
+
 def overall_help() -> str:
     """The text of ``qwen3-lit --help``, from the table alone."""
-    width = max(len(verb.name) for verb in VERBS)
-    lines = [f"  {verb.name:<{width}}  {verb.summary}" for verb in VERBS]
     return "\n".join(
         [
             "usage: qwen3-lit VERB [arguments]",
             "",
             "Trains Qwen3 models through the whole published pipeline, one recipe a phase.",
             "",
-            *lines,
+            *_verb_lines(),
             "",
             "`qwen3-lit VERB --help` explains a verb. A first run: qwen3-lit pipeline pipelines/nano",
         ]
     )
+
+
+def data_help() -> str:
+    """The text of ``qwen3-lit data --help``."""
+    lines = _verb_lines("data ")
+    return "\n".join(["usage: qwen3-lit data VERB [arguments]", "", *lines, "", "`... VERB --help` explains a verb."])
 
 
 def find_verb(argv: Sequence[str]) -> tuple[Verb, list[str]]:
@@ -107,19 +117,36 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def user_message(error: BaseException) -> str | None:
-    """The one line to show for an error that the user can fix, or None for a defect of the program."""
+def user_message(error: BaseException, place: str = "the run folder") -> str | None:
+    """The one line to show for an error that the user can fix, or None for a defect of the program.
+
+    ``place`` names where the verb writes, for a full disk that comes without a path.
+    """
     if isinstance(error, UserError):
         return " ".join(str(error).split())
     for link in _chain(error):
-        full = isinstance(link, OSError) and link.errno == errno.ENOSPC
+        full = isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left on device" in str(link) or "os error 28" in str(link):
-            where = getattr(link, "filename", None) or "the run folder"
-            return f"{where}: no space left on the disk; free some and run the same command again: it continues"
+            where = getattr(link, "filename", None) or place
+            return f"{where}: no space left on the disk; free some and run the same command again"
     by_path = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError)
     if by_path and getattr(error, "filename", None) is not None:
         return f"{error.filename}: {error.strerror}"  # type: ignore[attr-defined]
     return None
+
+
+def _place(arguments: Sequence[str]) -> str:
+    """Where a verb writes: its --out, or its run folder."""
+    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        if word == "--out" or word.startswith("--out="):
+            return word.partition("=")[2] or after
+    return "the run folder"
+
+
+def _name(argv: Sequence[str]) -> str:
+    """The verb as it was typed, both words of it."""
+    words = " ".join(argv[:2])
+    return words if any(verb.name == words for verb in VERBS) else argv[0]
 
 
 def die_with_parent() -> None:
@@ -150,6 +177,9 @@ def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overall_help())
         return 0
+    if argv[0] == "data" and argv[1:2] and argv[1] in ("-h", "--help", "help"):
+        print(data_help())
+        return 0
     if argv[0] in ("-V", "--version"):
         print(__version__)
         return 0
@@ -170,17 +200,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        print(f"\nqwen3-lit {argv[0]}: interrupted; the same command continues", file=sys.stderr)
+        print(f"\nqwen3-lit {_name(argv)}: interrupted; the same command continues", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe, such as `head`, had enough: that is no error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        message = user_message(error)
+        message = user_message(error, _place(argv))
         if debug or message is None:
             raise
-        print(f"qwen3-lit {argv[0]}: {message}", file=sys.stderr)
+        print(f"qwen3-lit {_name(argv)}: {message}", file=sys.stderr)
         return EXIT_BAD_INPUT
 
 

@@ -103,9 +103,10 @@ def _remove_outputs(step: Step, run_dir: Path) -> None:
             path.unlink()
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Pass an interruption on to a step and wait for its end; it usually got Ctrl-C from the terminal already."""
-    for wait_seconds, signal_number in ((5.0, signal.SIGINT), (15.0, signal.SIGTERM), (5.0, signal.SIGKILL)):
+def _stop(process: subprocess.Popen[bytes], was_told: bool) -> None:
+    """Interrupt a step and wait for its end; Ctrl-C in a terminal has told it already."""
+    first = 5.0 if was_told else 0.0
+    for wait_seconds, signal_number in ((first, signal.SIGINT), (15.0, signal.SIGTERM), (5.0, signal.SIGKILL)):
         try:
             process.wait(wait_seconds)
             return
@@ -134,8 +135,8 @@ def _run_process(arguments: tuple[str, ...], entry: dict[str, Any], state: Pipel
                 return process.wait(RECORD_EVERY_SECONDS)
             except subprocess.TimeoutExpired:
                 record()
-    except BaseException:
-        _stop(process)
+    except BaseException as error:
+        _stop(process, was_told=isinstance(error, KeyboardInterrupt))
         raise
     finally:
         memory.sample()

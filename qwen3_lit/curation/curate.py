@@ -100,7 +100,8 @@ def curate(
         candidate is counted once, under the first reason that applies.
 
     Raises:
-        UserError: bad records, or candidates without a reference answer.
+        UserError: bad records, candidates without a reference answer, or no candidate was kept; ``report`` is written
+            all the same.
     """
     index = HeldOutIndex(
         (query_text(record) for path in held_out for record in read_records(path, "problem", config.on_bad_record)),
@@ -125,11 +126,17 @@ def curate(
             if reason is None:
                 yield record
 
-    kept_count = write_jsonl(out, kept())
-    result = _report(verdicts, decision, kept_count, verifier)
+    result = _report(verdicts, decision, verifier)
     if report is not None:
         write_json(report, result)
-    _log.info("%s: kept %d of %d candidates", out, kept_count, len(verdicts))
+    if not result["kept"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in result["dropped"].items())
+        raise UserError(
+            f"{out}: not written, none of {len(verdicts)} candidates in {candidates} was kept: "
+            f"{reasons or 'it is empty'}; sample more or better candidates"
+        )
+    write_jsonl(out, kept())
+    _log.info("%s: kept %d of %d candidates", out, result["kept"], len(verdicts))
     return result
 
 
@@ -239,10 +246,10 @@ def _choose(
 def _report(
     verdicts: list[tuple[tuple[int, int], str | None]],
     decision: QueryDecision,
-    kept: int,
     verifier: AnswerVerifier,
 ) -> dict[str, Any]:
     dropped = Counter(reason for _, reason in verdicts if reason)
+    kept = len(verdicts) - dropped.total()
     kept_keys = {key for (key, _), reason in verdicts if reason is None}
     tried = {key for (key, _), _ in verdicts}
     right = {key for (key, _), reason in verdicts if reason not in ("wrong_answer", "malformed")}

@@ -216,6 +216,9 @@ def sample_responses(
         environments: Answer tool calls.
         report: Where the returned report is written as JSON.
 
+    Raises:
+        UserError: no response was kept; ``report`` is written all the same.
+
     Returns:
         ``{"problems", "sampled", "kept", "dropped": {reason: n}, "tasks": {task: {mode: accuracy}}}``
     """
@@ -243,10 +246,17 @@ def sample_responses(
             with open(folder / f"{number:06d}.jsonl", encoding="utf-8") as file:
                 yield from (json.loads(line) for line in file)
 
-    write_jsonl(out, records_of_all())
     result = _report(totals, len(problems))
     if report is not None:
         write_json(report, result)
+    if not result["kept"]:
+        shutil.rmtree(folder)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in result["dropped"].items())
+        raise UserError(
+            f"{out}: not written, none of {result['sampled']} responses to {len(problems)} problems was kept: "
+            f"{reasons}; raise max_new_tokens for truncated ones, take easier problems or a better model for wrong ones"
+        )
+    write_jsonl(out, records_of_all())
     shutil.rmtree(folder)
     _log.info("%s: kept %d of %d responses to %d problems", out, result["kept"], result["sampled"], len(problems))
     return result

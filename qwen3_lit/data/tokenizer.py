@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen3_lit.data.atomic_files import new_folder
 from qwen3_lit.data.chat_template import CHAT_TEMPLATE
 from qwen3_lit.errors import UserError
 
@@ -103,6 +104,14 @@ class TextTokenizer:
     def id_to_token(self, token_id: int) -> str | None:
         """The token of an id as it stands in the vocabulary, None when there is none."""
         return self._backend.id_to_token(token_id)
+
+    def first_difference(self, other: TextTokenizer) -> int | None:
+        """The smallest id that both tokenizers have, but for different tokens; None when there is none."""
+        if self.fingerprint == other.fingerprint:
+            return None
+        mine = self._backend.get_vocab(with_added_tokens=True).items()
+        theirs = {token_id: token for token, token_id in other._backend.get_vocab(with_added_tokens=True).items()}
+        return min((number for token, number in mine if theirs.get(number, token) != token), default=None)
 
     @cached_property
     def _length(self) -> int:
@@ -195,8 +204,9 @@ def check_tokenizer_fits(tokenizer: TextTokenizer, vocab_size: int, checkpoint: 
     """Refuse a tokenizer that a model cannot be used with.
 
     Args:
-        vocab_size: rows of the model's embedding.
-        checkpoint: folder of the model's weights; where it holds a tokenizer too, both must have the same vocabulary.
+        vocab_size: rows of the model's embedding, which is often padded beyond the tokens.
+        checkpoint: folder of the model's weights; where it holds a tokenizer too, both must give each id that both
+            have to the same token. More or fewer tokens at the end, and another chat template, are no difference.
 
     Raises:
         UserError: ids beyond the embedding, or another vocabulary than the checkpoint's.
@@ -207,12 +217,14 @@ def check_tokenizer_fits(tokenizer: TextTokenizer, vocab_size: int, checkpoint: 
             f"{tokenizer.path}: the tokenizer has {len(tokenizer)} tokens, but {where} has vocab_size {vocab_size}; "
             f"use the tokenizer it was trained with, or set vocab_size to {len(tokenizer)} or more for a new model"
         )
-    if checkpoint is not None and (Path(checkpoint) / "tokenizer.json").is_file():
+    if checkpoint is not None and any((Path(checkpoint) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         theirs = load_tokenizer(checkpoint)
-        if theirs.fingerprint != tokenizer.fingerprint:
+        differing = tokenizer.first_difference(theirs)
+        if differing is not None:
             raise UserError(
-                f"{tokenizer.path}: its vocabulary ({len(tokenizer)} tokens) is not the one of {checkpoint} "
-                f"({len(theirs)} tokens); set tokenizer_path to {checkpoint}"
+                f"{tokenizer.path}: not the tokenizer of the weights in {checkpoint}: id {differing} is the token "
+                f"{tokenizer.id_to_token(differing)!r} here and {theirs.id_to_token(differing)!r} there; "
+                f"use the tokenizer in {checkpoint}, or weights that go with this one"
             )
     if vocab_size - len(tokenizer) >= UNUSED_ROWS_WARNING:
         log.warning(
@@ -273,10 +285,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out_dir: str | os.Pat
     for token in ADDED_TOKENS:
         flags: dict[str, Any] = {"normalized": False, "special": token in CONTROL_TOKENS}
         backend.add_tokens([AddedToken(token, single_word=False, lstrip=False, rstrip=False, **flags)])
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(folder / "tokenizer_config.json", json.dumps(_config(plain), indent=2, ensure_ascii=False) + "\n")
-    _write_atomically(folder / "tokenizer.json", backend.to_str(pretty=True))
+    folder = Path(os.path.abspath(out_dir))
+    with new_folder(folder) as incoming:
+        config = json.dumps(_config(plain), indent=2, ensure_ascii=False) + "\n"
+        (incoming / "tokenizer_config.json").write_text(config, encoding="utf-8")
+        (incoming / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
+        if folder.exists():
+            for name in ("tokenizer_config.json", "tokenizer.json"):
+                os.replace(incoming / name, folder / name)
     return load_tokenizer(folder)
 
 
@@ -316,15 +332,6 @@ def _eos_token(config_file: Path) -> str | None:
     except (json.JSONDecodeError, AttributeError) as error:
         raise UserError(f"{config_file}: not a JSON object ({_first_line(error)}); restore it") from error
     return eos.get("content") if isinstance(eos, dict) else eos
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _first_line(error: BaseException) -> str:

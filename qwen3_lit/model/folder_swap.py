@@ -32,6 +32,7 @@ def swapped_folder(target: Path, replaceable: Callable[[Path], bool]) -> Iterato
 
     Raises:
         UserError: ``target`` is a file, or a folder that may not be replaced.
+        OSError: the disk is full; it names ``target``.
     """
     target = Path(os.path.abspath(target))
     recover(target)
@@ -47,8 +48,11 @@ def swapped_folder(target: Path, replaceable: Callable[[Path], bool]) -> Iterato
     incoming.mkdir()
     try:
         yield incoming
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(incoming, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            # It names no path, or the file that was being copied.
+            raise OSError(error.errno, error.strerror, str(target)) from error
         raise
     _swap_in(incoming, target)
 

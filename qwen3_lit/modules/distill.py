@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from qwen3_lit.data.batch import PackedBatch, PromptBatch
+from qwen3_lit.data.tokenizer import check_tokenizer_fits
 from qwen3_lit.distributed.fsdp2_strategy import loss_scale
 from qwen3_lit.errors import UserError
 from qwen3_lit.generation.sampling import SamplingParams
 from qwen3_lit.losses.distillation import distillation_loss
 from qwen3_lit.losses.reduction import sum_over_ranks
-from qwen3_lit.model.hf_checkpoint import load_hf
+from qwen3_lit.model.hf_checkpoint import HfWeights, load_hf
 from qwen3_lit.model.transformer import Qwen3
 from qwen3_lit.modules.cold_start_sft import ColdStartSFTModule
 from qwen3_lit.modules.grpo import seconds_per_point
@@ -64,17 +65,19 @@ class DistillModule(ColdStartSFTModule):
         if on_policy and teacher is None:
             raise UserError("model.init_args.teacher is null: on-policy distillation needs the teacher's folder")
 
+    def setup(self, stage: str) -> None:
+        """Refuse a teacher that is no whole folder, or whose token ids are not the student's."""
+        super().setup(stage)
+        if not self.automatic_optimization and self.teacher_folder is not None:
+            vocab_size = HfWeights(self.teacher_folder).config.vocab_size
+            check_tokenizer_fits(self.tokenizer, vocab_size, self.teacher_folder)
+
     @property
     def teacher(self) -> Qwen3:
         """The frozen teacher, loaded on first use."""
         if self._teacher is None:
             assert self.teacher_folder is not None
             teacher = load_hf(self.teacher_folder).to(self.device).eval().requires_grad_(False)
-            if teacher.config.vocab_size < self.valid_vocab:
-                raise UserError(
-                    f"teacher {self.teacher_folder} has {teacher.config.vocab_size} rows for a tokenizer of "
-                    f"{self.valid_vocab} tokens; teacher and student must share the tokenizer"
-                )
             self.__dict__["_teacher"] = teacher
             return teacher
         return self._teacher

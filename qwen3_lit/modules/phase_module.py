@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from qwen3_lit.data.batch import PackedBatch
-from qwen3_lit.data.tokenizer import TextTokenizer
+from qwen3_lit.data.tokenizer import TextTokenizer, check_tokenizer_fits
 from qwen3_lit.distributed.fsdp2_strategy import loss_scale
 from qwen3_lit.distributed.gradients import clip_gradients, scale_gradients
 from qwen3_lit.distributed.rng import collect_rng_state, restore_rng_state
@@ -165,11 +165,7 @@ class PhaseModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse a tokenizer that does not fit the model before anything runs."""
-        if self.valid_vocab > self.config.vocab_size:
-            raise UserError(
-                f"tokenizer {self.tokenizer.path} has {self.valid_vocab} tokens, the model's vocab_size is "
-                f"{self.config.vocab_size}; take the tokenizer the model was trained with, or raise config.vocab_size"
-            )
+        check_tokenizer_fits(self.tokenizer, self.config.vocab_size, self.init_from)
 
     def run_model(self, batch: PackedBatch, **options: Any) -> ModelOutput:
         """Forward a packed row and count it."""

@@ -119,6 +119,12 @@ class PolicyModule(PhaseModule):
         with contextlib.nullcontext() if gathered is None else gathered(self.model):
             yield self.engine
 
+    def setup(self, stage: str) -> None:
+        """Refuse held-out problems that are not there before anything runs."""
+        super().setup(stage)
+        for path in self.evaluation.problems:
+            next(iter(read_records(path, "problem")), None)
+
     def teardown(self, stage: str) -> None:
         """End the reward processes."""
         if self._pool is not None:
@@ -173,8 +179,8 @@ class PolicyModule(PhaseModule):
         return figures
 
     def phase_state(self) -> dict[str, Any]:
-        """The engine's random stream."""
-        return {"engine": None if self._engine is None else self._engine.state_dict()}
+        """The engine's random stream, also of an engine that a resumed run has not used yet."""
+        return {"engine": self.engine.state_dict()}
 
     def load_phase_state(self, state: dict[str, Any]) -> None:
         """Restored when the engine is next used."""

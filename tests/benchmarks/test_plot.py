@@ -11,6 +11,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def test_figures_from_a_few_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     plot, record = importlib.import_module("plot"), importlib.import_module("record")
+    monkeypatch.setattr(record, "commit", lambda: "of_a_test")
 
     def row(implementation: str, milliseconds: float, **changes) -> object:
         values = {"op": "qk_norm_rope", "shape": "T=8192", "direction": "both", "gpu": "some GPU"}

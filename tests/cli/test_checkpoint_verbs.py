@@ -1,6 +1,7 @@
 """``qwen3-lit import`` and ``export``: every kind of source, what is written, and one-line refusals."""
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -160,6 +161,29 @@ def test_import_refuses_in_one_line_and_writes_nothing(tokenizer_dir: Path, tmp_
     assert "'llama'" in fails(capsys, "import", str(source), "--out", str(out))
     assert "no such folder" in fails(capsys, "import", str(tmp_path / "nowhere"), "--out", str(out))
     assert not out.exists()
+
+
+def test_another_tokenizer_than_the_weights_came_with_is_refused(tokenizer_dir: Path, tmp_path: Path, capsys) -> None:
+    source, other, out = tmp_path / "hf", tmp_path / "other", tmp_path / "out"
+    save_hf(Qwen3(CONFIG), CONFIG, source, tokenizer_dir=tokenizer_dir)
+    train_tokenizer(["zebras quickly jump over vexed foxes"] * 20, 290, other)
+    for verb in ("import", "export"):
+        message = fails(capsys, verb, str(source), "--out", str(out), "--tokenizer", str(other))
+        assert f"{other}: not the tokenizer of the weights in {source}: id 256 is the token" in message
+        assert main([verb, str(source), "--out", str(tmp_path / verb), "--tokenizer", str(tokenizer_dir)]) == 0
+    assert not out.exists()
+
+
+def test_a_full_disk_names_the_folder(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_hf(Qwen3(CONFIG), CONFIG, tmp_path / "hf")
+
+    def full_disk(file: Path, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("qwen3_lit.model.hf_checkpoint.write_file", full_disk)
+    out = tmp_path / "out"
+    assert f"import: {out}: no space left" in fails(capsys, "import", str(tmp_path / "hf"), "--out", str(out))
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 # ---- export

@@ -74,9 +74,12 @@ def test_sample_from_a_folder(tmp_path: Path) -> None:
     init_weights(model, torch.Generator().manual_seed(0))
     save_hf(model, config, folder, tokenizer_dir=tmp_path / "tokenizer")
     report = tmp_path / "report.json"
-    sizes = ["--n", "2", "--max-new-tokens", "12", "--limit", "4", "--chunk", "3", "--max-cached-tokens", "2048"]
+    sizes = ["--n", "2", "--limit", "4", "--chunk", "3", "--max-cached-tokens", "8192"]
     command = ["data", "sample", str(folder), str(problems), "--out", str(out), "--keep", "all", "--mode", "both"]
-    assert main([*command, *sizes, "--report", str(report), "--device", "cpu"]) == 0
+    command += [*sizes, "--report", str(report), "--device", "cpu"]
+    assert main([*command, "--max-new-tokens", "2"]) == 2 and not out.exists(), "nothing kept"
+    assert json.loads(report.read_text())["kept"] == 0
+    assert main([*command, "--max-new-tokens", "300"]) == 0
     result = json.loads(report.read_text())
     assert result["sampled"] == 16 and result["kept"] + sum(result["dropped"].values()) == 16
     assert len(out.read_text().splitlines()) == result["kept"]

@@ -1,5 +1,6 @@
 """What a user sees who made a mistake: one line with file, line, key, what was seen and the fix."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from qwen3_lit.cli.config_errors import explain, explain_value_error, locate
 from qwen3_lit.cli.main import main
 from qwen3_lit.cli.recipe_files import Setting, recipes_folder
+from qwen3_lit.data.tokenizer import train_tokenizer
 
 
 def _overlay(tmp_path: Path, text: str) -> str:
@@ -69,6 +71,62 @@ def test_one_line_says_where_and_what(
     line = _fit(capsys, "-c", _overlay(tmp_path, text))
     for part in expected:
         assert part in line, line
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["one two three"] * 20, 285, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("trainer: {max_steps: -5}\n", ["overlay.yaml:1: ", "max_steps"]),
+        (
+            "model:\n  init_args:\n    init_from: gone/hf\n",
+            ["overlay.yaml:3: model.init_args.init_from: gone/hf", "config.json"],
+        ),
+        (
+            "data:\n  init_args:\n    sources: [{path: gone}]\n",
+            ["overlay.yaml:3: data.init_args.sources.0.path: gone: does not exist"],
+        ),
+    ],
+)
+def test_what_shows_when_the_run_is_set_up_names_its_line_and_leaves_nothing(
+    tmp_path: Path, tokenizer: Path, text: str, expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = f"data: {{init_args: {{tokenizer_path: {tokenizer}}}}}\ntrainer: {{default_root_dir: {tmp_path}/run}}\n"
+    (tmp_path / "own.yaml").write_text(own)
+    line = _fit(capsys, "-c", str(tmp_path / "own.yaml"), "-c", _overlay(tmp_path, text))
+    for part in expected:
+        assert part in line, line
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_problems_that_are_missing_show_before_anything_runs(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    (tmp_path / "sft.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").touch()
+    overlay = f"""
+model:
+  init_args:
+    init_from: null
+    evaluation: {{problems: [{tmp_path}/gone.jsonl]}}
+data: {{init_args: {{tokenizer_path: {tokenizer}, paths: [{tmp_path}/sft.jsonl], held_out_fraction: 0.0}}}}
+trainer: {{default_root_dir: {tmp_path}/run, val_check_interval: null}}
+"""
+    recipe = str(recipes_folder() / "4_cold_start_sft.yaml")
+    arguments = ["-c", recipe, "-c", "size/nano", "-c", "hardware/cpu", "-c", _overlay(tmp_path, overlay)]
+    assert main(["fit", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert f"overlay.yaml:5: model.init_args.evaluation.problems.0: {tmp_path}/gone.jsonl: " in err
+    assert "evaluating before the phase" not in err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
 def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

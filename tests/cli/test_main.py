@@ -57,12 +57,33 @@ def test_verbs_of_the_table_exist_with_their_contract() -> None:
                 assert part in source, f"{verb.module}: lacks {part!r}"
 
 
-def _fails_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
+def test_help_of_the_verbs_about_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "data prepare" in out and "data sample" in out and "pipeline" not in out
+
+
+def _fails_with(monkeypatch: pytest.MonkeyPatch, error: BaseException, *argv: str) -> int:
     def fail(verb: cli.Verb, arguments: list[str]) -> int:
         raise error
 
     monkeypatch.setattr(cli, "_run_verb", fail)
-    return cli.main(["ls"])
+    return cli.main(list(argv) or ["ls"])
+
+
+def test_an_error_names_both_words_of_the_verb(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _fails_with(monkeypatch, UserError("x"), "data", "prepare", "a") == 2
+    assert capsys.readouterr().err == "qwen3-lit data prepare: x\n"
+
+
+@pytest.mark.parametrize("out", [["--out", "the/place"], ["--out=the/place"]])
+def test_a_full_disk_without_a_path_names_what_was_written(
+    out: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _fails_with(monkeypatch, OSError(errno.ENOSPC, "No space left on device"), "export", "run", *out) == 2
+    assert "export: the/place: no space left" in capsys.readouterr().err
 
 
 def test_user_errors_are_one_line_with_code_2(

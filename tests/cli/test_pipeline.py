@@ -242,6 +242,33 @@ def test_an_interruption_reaches_the_step_and_gives_130(tmp_path: Path) -> None:
     assert not _state(run_dir)["steps"]["two"]["done"]
 
 
+@pytest.mark.parametrize(("was_told", "waited"), [(True, [5.0]), (False, [0.0])])
+def test_a_termination_of_the_pipeline_alone_is_passed_on_at_once(was_told: bool, waited: list[float]) -> None:
+    waits: list[float] = []
+    sent: list[int] = []
+
+    class Step:
+        def wait(self, seconds: float) -> int:
+            if not sent:
+                waits.append(seconds)
+                raise subprocess.TimeoutExpired("step", seconds)
+            return 130
+
+        send_signal = sent.append
+
+    pipeline._stop(Step(), was_told)  # type: ignore[arg-type]
+    assert waits == waited and sent == [signal.SIGINT]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_termination_ends_the_step_and_the_pipeline(tmp_path: Path) -> None:
+    path, run_dir = _write(tmp_path, LONG)
+    process, child = _start(path, run_dir)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert not _alive(child) and not _state(run_dir)["steps"]["two"]["done"]
+
+
 def test_two_pipelines_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, run_dir = _write(tmp_path)
     run_dir.mkdir()

@@ -117,6 +117,17 @@ def test_candidates_without_reference_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "o.jsonl").exists()
 
 
+def test_nothing_kept_is_an_error_that_counts_the_reasons(files: dict[str, str], tmp_path: Path) -> None:
+    path, out, report = tmp_path / "c.jsonl", tmp_path / "o.jsonl", tmp_path / "r.json"
+    records = [json.loads(line) for line in Path(files["candidates"]).read_text().splitlines()[:30]]
+    for record in records:
+        record["messages"][-1]["content"] = "no idea"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with AnswerVerifier() as verifier, pytest.raises(UserError, match=r"none of 30 candidates.*\d+ wrong_answer"):
+        curate(str(path), str(out), config=CurationConfig(), verifier=verifier, report=str(report))
+    assert not out.exists() and json.loads(report.read_text())["kept"] == 0
+
+
 def test_bad_records_are_skipped_when_told_so(files: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     lines = Path(files["candidates"]).read_text().splitlines()[:40]

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -156,8 +157,9 @@ def test_chunks_of_another_request_are_not_taken_over(
     parts.mkdir()
     (parts / "request.json").write_text("{}")
     (parts / "000000.json").write_text('{"kept": 99, "sampled": 99}')
-    with AnswerVerifier() as verifier:
-        result = sample_responses(
+    report = tmp_path / "report.json"
+    with AnswerVerifier() as verifier, pytest.raises(UserError, match="none of 6 responses to 2 problems.*6 truncated"):
+        sample_responses(
             engine,
             tokenizer,
             PROBLEMS[:2],
@@ -165,8 +167,10 @@ def test_chunks_of_another_request_are_not_taken_over(
             config=SampleConfig(n=3, max_new_tokens=4),
             verifier=verifier,
             source="s",
+            report=str(report),
         )
-    assert result["sampled"] == 6
+    assert json.loads(report.read_text())["dropped"] == {"truncated": 6}
+    assert not out.exists() and not parts.exists(), "nothing kept is an error, not an empty file"
 
 
 def test_right_answers_are_kept_as_conversations(tokenizer: TextTokenizer, tmp_path: Path) -> None:

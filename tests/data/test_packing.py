@@ -69,32 +69,6 @@ def test_weights_of_single_tokens_follow_the_predicted_token():
     assert row.loss_weights_T.tolist() == [0.5, 2.0, 1.0, 1.0, 1.0]
 
 
-def attend(row) -> torch.Tensor:
-    """Causal attention within documents, the slow and obvious way, on fixed random vectors for each token."""
-    table = torch.randn(64, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    positions = torch.randn(64, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    x = table[row.token_ids_T] + positions[row.position_ids_T]
-    out = torch.zeros_like(x)
-    bounds = row.cu_seqlens.tolist()
-    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
-        scores = x[a:b] @ x[a:b].T
-        scores = scores.masked_fill(torch.ones(b - a, b - a).triu(1).bool(), float("-inf"))
-        out[a:b] = scores.softmax(-1) @ x[a:b]
-    return out
-
-
-def test_documents_are_isolated():
-    row = pack_row([A, B, C], batch_tokens=12, pad_rows=True)
-    changed = pack_row([A, Document([25, 26], None), C], batch_tokens=12, pad_rows=True)
-    before, after = attend(row), attend(changed)
-    other = torch.ones(12, dtype=torch.bool)
-    other[4:6] = False
-    assert torch.equal(before[other], after[other]) and not torch.equal(before[~other], after[~other])
-    assert torch.equal(row.target_ids_T[other], changed.target_ids_T[other])
-    # Alone, in a row of its own, a document is the same as packed behind others.
-    assert torch.equal(attend(pack_row([C])), before[6:9])
-
-
 def test_loss_tokens_are_kept_by_packing():
     rng = random.Random(0)
     documents = []

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from qwen3_lit.data import tokenizer as module
 from qwen3_lit.data.tokenizer import ADDED_TOKENS, CONTROL_TOKENS, check_tokenizer_fits, load_tokenizer, train_tokenizer
 from qwen3_lit.errors import UserError
 
@@ -89,13 +88,17 @@ def test_training_is_deterministic_and_leaves_no_temporary_file(tmp_path):
 
 
 def test_failed_write_leaves_nothing_half_written(tmp_path, monkeypatch):
-    def full_disk(*_):
+    def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "replace", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        train_tokenizer(["text"], 282, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    there = tmp_path / "there"
+    there.mkdir()
+    for out in (there, tmp_path / "new"):
+        with pytest.raises(OSError, match="No space") as error:
+            train_tokenizer(["text"], 282, out)
+        assert error.value.filename == str(out)
+    assert list(tmp_path.rglob("*")) == [there]
 
 
 @pytest.mark.parametrize("texts", [[], ["", ""]])
@@ -154,11 +157,34 @@ def test_tokenizer_that_does_not_fit_the_checkpoint(chat_tokenizer, chat_tokeniz
     with pytest.raises(UserError, match="400 tokens, but the model has vocab_size 399"):
         check_tokenizer_fits(chat_tokenizer, 399)
     train_tokenizer(["other words entirely, of another language"] * 9, 300, tmp_path)
-    with pytest.raises(UserError, match="is not the one of"):
+    with pytest.raises(UserError, match="not the tokenizer of the weights in"):
         check_tokenizer_fits(chat_tokenizer, 400, str(tmp_path))
     with caplog.at_level(logging.WARNING):
         check_tokenizer_fits(chat_tokenizer, 151936)
     assert "will never be used" in caplog.text
+
+
+def test_the_first_token_that_differs_is_named(chat_tokenizer, tmp_path):
+    other = train_tokenizer(["other words entirely, of another language"] * 9, 300, tmp_path)
+    first = next(i for i in range(300) if other.id_to_token(i) != chat_tokenizer.id_to_token(i))
+    with pytest.raises(UserError) as error:
+        check_tokenizer_fits(other, 400, chat_tokenizer.path)
+    for part in (str(tmp_path), chat_tokenizer.path, f"id {first} ", repr(other.id_to_token(first))):
+        assert part in str(error.value)
+
+
+def test_another_template_and_tokens_at_the_end_are_no_difference(chat_tokenizer, chat_tokenizer_dir, tmp_path):
+    for source in Path(chat_tokenizer_dir).iterdir():
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"chat_template": "another"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["added_tokens"].append({**spec["added_tokens"][-1], "id": len(chat_tokenizer), "content": "<own>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    longer = load_tokenizer(tmp_path)
+    assert len(longer) == len(chat_tokenizer) + 1
+    check_tokenizer_fits(longer, 512, chat_tokenizer_dir)
+    check_tokenizer_fits(chat_tokenizer, 512, str(tmp_path))
 
 
 def test_fast_path_imports_neither_transformers_nor_torch(chat_tokenizer_dir):

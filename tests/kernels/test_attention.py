@@ -120,13 +120,45 @@ def test_paged_decode_equals_the_last_row_of_packed_attention(chunks, implementa
     torch.testing.assert_close(out, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_chunk_arguments_go_together():
-    q, k, v = inputs(3)
-    cu_seqlens = torch.tensor([0, 3], dtype=torch.int32)
-    with pytest.raises(ValueError, match="both or neither"):
-        dual_chunk_attention(q, k, v, cu_seqlens, 3, chunk_size=8)
-    with pytest.raises(ValueError, match="without inv_freq_R"):
-        dual_chunk_attention(q, k, v, cu_seqlens, 3, chunk_size=8, local_size=2)
+def packed(q, k, v, **options):
+    return dual_chunk_attention(q, k, v, torch.tensor([0, len(q)], dtype=torch.int32), len(q), **options)
+
+
+def paged(q, k, v, **options):
+    return paged_attention(q[-1:], k[None], v[None], torch.zeros(1, 1).int(), torch.tensor([len(q)]), **options)
+
+
+@pytest.mark.parametrize(
+    "chunk_size, local_size, reason",
+    [
+        (8, None, "both or neither"),
+        (None, 2, "both or neither"),
+        (4, 5, "0 <= local_size < chunk_size"),
+        (4, 4, "0 <= local_size < chunk_size"),
+        (4, -1, "0 <= local_size < chunk_size"),
+        (0, 0, "0 <= local_size < chunk_size"),
+        (-2, -3, "0 <= local_size < chunk_size"),
+    ],
+)
+@pytest.mark.parametrize("attend, name", [(packed, "dual_chunk_attention"), (paged, "paged_attention")])
+def test_sizes_that_make_no_chunks_are_rejected(attend, name, chunk_size, local_size, reason):
+    with pytest.raises(ValueError, match=f"^{name}: chunk_size {chunk_size}, local_size {local_size}.*{reason}"):
+        attend(*inputs(9), inv_freq_R=INV_FREQ, chunk_size=chunk_size, local_size=local_size)
+
+
+@pytest.mark.parametrize("attend, name", [(packed, "dual_chunk_attention"), (paged, "paged_attention")])
+def test_chunks_need_the_frequencies(attend, name):
+    with pytest.raises(ValueError, match=f"^{name}: .*without inv_freq_R"):
+        attend(*inputs(3), chunk_size=8, local_size=2)
+
+
+@pytest.mark.parametrize("attend", [packed, paged])
+def test_chunks_without_a_window_are_chunks(attend):
+    q, k, v = inputs(9)
+    expected = dense(q, k, v, 4, 0)
+    q, k = rotated(q, k, torch.arange(9) % 4)
+    out = attend(q, k, v, inv_freq_R=INV_FREQ, chunk_size=4, local_size=0)
+    torch.testing.assert_close(out[-1], expected[-1], rtol=1e-5, atol=1e-5)
 
 
 def test_qk_norm_rope_equals_the_formula():

@@ -69,6 +69,30 @@ def test_masked_tokens_get_zero_and_change_nothing():
     assert grad[3].abs().max() == 0
 
 
+@pytest.mark.parametrize("implementation", ["expert_loop", "reference"])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_casts_inputs_and_not_gradients(implementation, x_dtype):
+    """Every result is that of inputs cast by hand, the gradients in the parameters' types; backward inside or not."""
+    x, w_gate_up, w_down, routing = problem(19, 8, 2)
+    x, w_gate_up, w_down = (t.detach().float() for t in (x, w_gate_up, w_down))
+    routing = routing._replace(weights_TK=routing.weights_TK.detach().float().requires_grad_())
+    upstream = torch.randn_like(x).bfloat16()
+
+    def results(dtypes, autocast, backward_inside):
+        leaves = [t.to(dtype).requires_grad_() for t, dtype in zip((x, w_gate_up, w_down), dtypes, strict=True)]
+        with dispatch.prefer("grouped_experts", implementation), torch.autocast("cpu", enabled=autocast):
+            out = grouped_experts(*leaves, routing)
+            with torch.autocast("cpu", enabled=backward_inside):
+                grads = torch.autograd.grad(out, (*leaves, routing.weights_TK), upstream)
+        return [out, *grads]
+
+    expected = results([torch.bfloat16] * 3, False, False)
+    for backward_inside in (False, True):
+        got = results([x_dtype, torch.float32, torch.float32], True, backward_inside)
+        assert [t.dtype for t in got] == [torch.bfloat16, x_dtype, torch.float32, torch.float32, torch.float32]
+        assert all(torch.equal(a.float(), b.float()) for a, b in zip(got, expected, strict=True))
+
+
 def test_unwritten_memory_is_never_read(poisoned_empty):
     inputs = problem(11, 6, 2)
     out = grouped_experts(*inputs)

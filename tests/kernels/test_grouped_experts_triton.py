@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from qwen3_kernels import Routing, dispatch, grouped_experts, router_topk
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 if not dispatch.HAS_TRITON:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -144,11 +145,104 @@ def test_output_without_gradients_keeps_nothing():
     torch.testing.assert_close(out, results("reference", inputs, torch.ones_like(out))[0], rtol=1e-5, atol=2e-5)
 
 
+def partial_results(name: str, inputs: Problem, upstream: Tensor, wanted: tuple[bool, ...]) -> list[Tensor]:
+    """Output and gradients where only the ``wanted`` of x, both weights and the routing weights require one."""
+    leaves = [
+        t.detach().requires_grad_(want) for t, want in zip((*inputs[:3], inputs[3].weights_TK), wanted, strict=True)
+    ]
+    with dispatch.prefer("grouped_experts", name):
+        out = grouped_experts(*leaves[:3], inputs[3]._replace(weights_TK=leaves[3]))
+    out.backward(upstream)
+    assert [leaf.grad is not None for leaf in leaves] == list(wanted)
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+WANTED = {
+    "x alone": (True, False, False, False),
+    "gate and up alone": (False, True, False, False),
+    "down alone": (False, False, True, False),
+    "routing weights alone": (False, False, False, True),
+    "frozen weights": (True, False, False, True),
+    "all but x": (False, True, True, True),
+}
+
+
+@interpreter
+@pytest.mark.parametrize("wanted", WANTED)
+@pytest.mark.parametrize("products", ["", experts_triton.ALL], ids=["triton", "grouped_mm"])
+def test_only_the_gradients_asked_for(wanted, products, poisoned_empty, monkeypatch):
+    """No product is launched whose result nobody wants, neither ours nor torch's."""
+    launched = []
+    grad_weight, grad_x = launches.grad_weight, launches.grad_x
+    monkeypatch.setattr(launches, "grad_weight", lambda *a, **k: launched.append("weight") or grad_weight(*a, **k))
+    monkeypatch.setattr(launches, "grad_x", lambda *a: launched.append("x") or grad_x(*a))
+
+    def grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
+        launched.append("weight" if b.dim() == 2 else "other")
+        return fp32_grouped_mm(a, b, offs=offs)
+
+    monkeypatch.setattr(F, "grouped_mm", grouped_mm)
+    monkeypatch.setattr(experts_triton, "ALL", products)
+    monkeypatch.setitem(dispatch._registry["grouped_experts"], "this_split", SPLIT)
+    inputs = problem(9, 4, 2, 16, 16, mask=torch.arange(9) % 3 != 0)
+    upstream = torch.randn_like(inputs[0])
+    expected = partial_results("expert_loop", inputs, upstream, WANTED[wanted])
+    with dispatch.interpreted():
+        got = partial_results("this_split", inputs, upstream, WANTED[wanted])
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+    needs_x, needs_gate_up, needs_down, _ = WANTED[wanted]
+    assert launched.count("weight") == needs_gate_up + needs_down
+    assert launched.count("other") + launched.count("x") == (3 * bool(products) + needs_x)
+
+
+@interpreter
+@pytest.mark.parametrize("name", ["triton", "expert_loop"])
+def test_inputs_and_gradients_need_not_be_contiguous(name):
+    x, w_gate_up, w_down, routing = problem(**CASES["odd sizes"])
+    upstream = torch.randn_like(x)
+    expected = results("reference", (x, w_gate_up, w_down, routing), upstream)
+
+    def strided(tensor: Tensor) -> Tensor:
+        """The same numbers, the last two dimensions stored the other way round."""
+        return tensor.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_(tensor.requires_grad)
+
+    assert not any(strided(t).is_contiguous() for t in (x, w_gate_up, w_down, upstream))
+    inputs = (strided(x), strided(w_gate_up), strided(w_down), routing._replace(weights_TK=strided(routing.weights_TK)))
+    with dispatch.interpreted():
+        got = results(name, inputs, strided(upstream))
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("width, expert_width, fits", [(64, 32, True), (60, 32, False), (64, 36, False)])
+def test_grouped_mm_is_left_alone_with_rows_it_cannot_read(width, expert_width, fits, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with FakeTensorMode():
+        x_TD = torch.empty(4, width, dtype=torch.bfloat16, device="cuda")
+    chosen = dispatch.choose("grouped_experts", x_TD, expert_width=expert_width)
+    assert chosen is (experts_triton.run_mixed if fits else experts_triton.run)
+    if not fits:
+        with pytest.raises(ValueError, match=f"x has {width} columns and an expert {expert_width}"):
+            dispatch.choose("grouped_experts", x_TD, "grouped_mm", expert_width=expert_width)
+
+
 @interpreter
 def test_operator_definition():
     x, w_gate_up, w_down, routing = problem(**CASES["odd sizes"])
     tensors = (x, w_gate_up, w_down, routing.weights_TK, routing.order_N, routing.position_TK, routing.offsets_E)
     torch.library.opcheck(experts_triton._forward, (*tensors, "", True))
+
+
+@interpreter
+@pytest.mark.parametrize("needs", [(True, False, True), (False, True, False)])
+def test_operator_definition_of_the_backward_pass(needs):
+    x, w_gate_up, w_down, routing = problem(3, 4, 2, 16, 16)
+    tensors = (x, w_gate_up, w_down, routing.weights_TK, routing.order_N, routing.position_TK, routing.offsets_E)
+    out, gate_up = experts_triton._forward(*tensors, "", True)
+    plain = (torch.randn_like(out), *(t.detach() for t in (*tensors, gate_up)))
+    torch.library.opcheck(experts_triton._backward, (*plain, "", *needs))
 
 
 def test_row_blocks_bound_holds_for_the_worst_routing():
@@ -292,4 +386,58 @@ def test_operator_definitions_on_a_gpu():
     torch.library.opcheck(experts_triton._forward, (*tensors, "mixed", True))
     out, gate_up = experts_triton._forward(*tensors, "mixed", True)
     plain = tuple(t.detach() for t in tensors)
-    torch.library.opcheck(experts_triton._backward, (torch.randn_like(out), *plain, gate_up.detach(), "mixed"))
+    for needs in ((True, True, True), (True, False, False), (False, True, True)):
+        arguments = (torch.randn_like(out), *plain, gate_up.detach(), "mixed", *needs)
+        torch.library.opcheck(experts_triton._backward, arguments)
+
+
+@GPU
+@pytest.mark.parametrize("wanted", WANTED)
+@pytest.mark.parametrize("name", NAMES)
+def test_partial_gradients_are_those_of_all(name, wanted):
+    inputs = problem(2048, **WIDTHS)
+    upstream = torch.randn_like(inputs[0])
+    out, *grads = results(name, inputs, upstream)
+    expected = [out, *(grad for grad, want in zip(grads, WANTED[wanted], strict=True) if want)]
+    got = partial_results(name, inputs, upstream, WANTED[wanted])
+    for ours, theirs in zip(got, expected, strict=True):  # sums of partial dots may take another order
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@GPU
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_from_outside_need_not_be_contiguous(name):
+    inputs = problem(300, **WIDTHS)
+    upstream = torch.randn_like(inputs[0])
+    expected = results(name, inputs, upstream)
+    strided = inputs[0].detach().t().contiguous().t().requires_grad_()
+    got = results(name, (strided, *inputs[1:]), upstream.t().contiguous().t())
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@GPU
+@pytest.mark.parametrize("hidden", [36, 33])
+def test_expert_widths_that_grouped_mm_refuses(hidden):
+    inputs = problem(500, **{**WIDTHS, "experts": 16, "hidden": hidden})
+    assert dispatch.choose("grouped_experts", inputs[0], expert_width=hidden) is experts_triton.run
+    assert_as_good_as_eager(inputs, "triton")
+
+
+@GPU
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_with_float32_weights(x_dtype, compiled):
+    """As inputs cast by hand, by whatever runs for bfloat16, and with gradients in the parameters' types."""
+    x, w_gate_up, w_down, routing = problem(1000, **{**WIDTHS, "dtype": torch.float32})
+    leaves = [x.detach().to(x_dtype).requires_grad_(), w_gate_up, w_down, routing.weights_TK]
+    upstream = torch.randn_like(x).bfloat16()
+    cast = tuple(t.detach().bfloat16().requires_grad_() for t in (x, w_gate_up, w_down))
+    expected = grouped_experts(*cast, routing)
+    expected = [expected, *torch.autograd.grad(expected, (*cast, routing.weights_TK), upstream)]
+    function = torch.compile(grouped_experts, fullgraph=True) if compiled else grouped_experts
+    with torch.autocast("cuda", torch.bfloat16):
+        out = function(*leaves[:3], routing)
+    assert out.dtype == torch.bfloat16
+    grads = torch.autograd.grad(out, leaves, upstream)
+    assert [g.dtype for g in grads] == [leaf.dtype for leaf in leaves]
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip((out, *grads), expected, strict=True))

@@ -87,3 +87,37 @@ def test_teacher_arguments_go_together():
     hidden, weight, tokens = problem()
     with pytest.raises(ValueError, match="go together"):
         linear_logprob(hidden, weight, tokens, jsd_beta=0.5)
+
+
+@pytest.mark.parametrize("op", [linear_cross_entropy, linear_logprob])
+@pytest.mark.parametrize("valid_vocab", [0, 18, -1])
+def test_a_valid_vocabulary_that_the_head_has_not_is_refused(op, valid_vocab):
+    hidden, weight, tokens = problem()
+    with pytest.raises(ValueError, match=f"{op.__name__}: valid_vocab is {valid_vocab}, expected between 1 and .* 17 "):
+        op(hidden, weight, tokens, valid_vocab=valid_vocab)
+
+
+@pytest.mark.parametrize("jsd_beta", [None, 0.3])
+def test_autocast_casts_the_hidden_states_and_no_gradient(chunk_elements, jsd_beta):
+    """Losses and gradients of hidden states cast by hand, in the types of what was handed over."""
+    hidden, weight, tokens = problem()
+    teacher = {}
+    if jsd_beta is not None:
+        teacher = {"teacher_hidden_TD": torch.randn(13, 4), "teacher_weight_VD": torch.randn(17, 4)}
+        teacher["jsd_beta"] = jsd_beta
+
+    def results(hidden, teacher_hidden):
+        options = {**teacher, "teacher_hidden_TD": teacher_hidden} if teacher else {}
+        scores = linear_logprob(hidden, weight, tokens, **options)
+        losses = [linear_cross_entropy(hidden, weight, tokens).loss, *(x.sum() for x in scores if x is not None)]
+        # Each alone: the sum of several gradients would be rounded once more by hand than under autocast.
+        return [*losses, *(g for x in losses for g in torch.autograd.grad(x, (hidden, weight), retain_graph=True))]
+
+    teacher_hidden = teacher.get("teacher_hidden_TD")
+    by_hand = teacher_hidden if teacher_hidden is None else teacher_hidden.bfloat16()
+    expected = results(hidden.detach().bfloat16().requires_grad_(), by_hand)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = results(hidden, teacher_hidden)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-6)

@@ -66,27 +66,24 @@ def test_outputs_and_gradients_equal_the_reference(tokens, heads, groups, width,
 
 
 @cpu_only
-@pytest.mark.parametrize("launch_heads", [1, 2, 4])
+@pytest.mark.parametrize("block_heads, ahead", [(1, 1), (2, 3), (4, 2)])
 @pytest.mark.usefixtures("poisoned_empty")
-def test_every_bucket_and_several_blocks_a_program(monkeypatch, launch_heads):
-    """The decode split of heads, the bucket of long rows, and a backward wave smaller than the tokens."""
-    monkeypatch.setattr(backward, "TOKENS_AT_ONCE", 8)
-    for table in (fast.FORWARD, backward.BACKWARD):
-        for key, launch in list(table.items()):
-            monkeypatch.setitem(table, key, launch._replace(blocks={**launch.blocks, "HEADS": launch_heads}))
-    args = arguments(21, 6, 2, 8)
+def test_several_tiles_a_token_and_several_tokens_a_program(monkeypatch, block_heads, ahead):
+    """Heads that do not fill the last tile, fewer tiles than are loaded ahead, tokens left over in the last turn."""
+    monkeypatch.setitem(backward.PROGRAMS, 90, 4)
+    for table, blocks in ((fast.FORWARD, {}), (backward.BACKWARD, {"AHEAD": ahead})):
+        monkeypatch.setitem(table, 90, table[90]._replace(blocks={"BLOCK_H": block_heads, **blocks}))
+    args = arguments(10, 6, 3, 128)
     upstream = upstream_of(args)
-    expected = both_ways(reference.qk_norm_rope, args, upstream)
-    for few in (0, 512):
-        monkeypatch.setattr(fast, "FEW_TOKENS", few)
-        with on_triton():
-            for result, wanted in zip(both_ways(qk_norm_rope, args, upstream), expected, strict=True):
-                torch.testing.assert_close(result, wanted, rtol=2e-5, atol=2e-5)
+    with on_triton():
+        ours = both_ways(qk_norm_rope, args, upstream)
+    for result, expected in zip(ours, both_ways(reference.qk_norm_rope, args, upstream), strict=True):
+        torch.testing.assert_close(result, expected, rtol=2e-5, atol=2e-5)
 
 
 @cpu_only
 def test_wide_heads_and_packed_copies():
-    args = list(arguments(3, 2, 1, 264))
+    args = list(arguments(3, 18, 9, 264))  # tiles of eight heads forward, of two backward
     args[0] = args[0].transpose(0, 1).contiguous().transpose(0, 1)  # heads of a token lie apart
     upstream = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in upstream_of(args)]
     with on_triton():
@@ -160,7 +157,7 @@ gpu = pytest.mark.gpu
 
 @gpu
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("tokens", [1, 3, 64, 512, 513, 4_097, 32_768, 131_072])
+@pytest.mark.parametrize("tokens", [1, 3, 64, 792, 793, 4_097, 32_768, 131_072])
 def test_gpu_error_is_no_larger_than_eager_bfloat16(tokens, fused):
     args = arguments(tokens, 32, 4, 128, dtype=torch.bfloat16, device="cuda", largest=1_000_000, fused=fused)
     upstream = upstream_of(args)
@@ -175,9 +172,11 @@ def test_gpu_error_is_no_larger_than_eager_bfloat16(tokens, fused):
 
 
 @gpu
-@pytest.mark.parametrize("width", [64, 80, 96, 256])
-def test_gpu_other_widths_in_float32(width):
-    args = arguments(300, 6, 3, width, device="cuda")
+@pytest.mark.parametrize(
+    "heads, groups, width", [(6, 3, 64), (5, 1, 80), (6, 3, 96), (40, 8, 128), (64, 4, 128), (6, 3, 256)]
+)
+def test_gpu_other_sizes_in_float32(heads, groups, width):
+    args = arguments(1_500, heads, groups, width, device="cuda")
     upstream = upstream_of(args)
     with on_triton():
         ours = both_ways(qk_norm_rope, args, upstream)

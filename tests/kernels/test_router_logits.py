@@ -1,5 +1,7 @@
 """Router logits: float32 sums everywhere, and what the two bfloat16 halves of a gradient keep."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,50 @@ def test_two_halves_keep_sixteen_bits():
     high, low = in_two_halves(x_TE).double().view(64, 2, 32).unbind(1)
     assert ((high + low - x_TE.double()).abs() <= x_TE.double().abs() * 2.0**-16).all()
     assert ((high - x_TE.double()).abs() > x_TE.double().abs() * 2.0**-12).any()
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
+def test_a_compiler_leaves_the_two_halves_as_they_are():
+    x_TE = torch.randn(64, 32) * 10.0 ** torch.randint(-6, 3, (64, 1))
+    assert torch.equal(torch.compile(in_two_halves, fullgraph=True)(x_TE), in_two_halves(x_TE))
+
+
+@pytest.mark.parametrize(
+    "device, dtype",
+    [("cpu", torch.float32), ("cpu", torch.bfloat16)]
+    + [pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.float32, torch.bfloat16)],
+)
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_autocast_changes_neither_logits_nor_gradients(device, dtype, backend):
+    """Forward and, as manual optimization runs it, backward."""
+    x_TD, weight_ED = (torch.randn(rows, 64, device=device).to(dtype).requires_grad_() for rows in (50, 16))
+    upstream_TE = torch.randn(50, 16, device=device)
+    function = torch.compile(router_logits, fullgraph=True, backend=backend) if backend else router_logits
+    results = []
+    for enabled in (False, True):
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
+            logits_TE = function(x_TD, weight_ED)
+            results.append([logits_TE, *torch.autograd.grad(logits_TE, (x_TD, weight_ED), upstream_TE)])
+    for plain, under_autocast in zip(*results, strict=True):
+        assert under_autocast.dtype == plain.dtype and torch.equal(under_autocast, plain)
+    logits, *_ = double_precision(x_TD.detach(), weight_ED.detach(), upstream_TE)
+    torch.testing.assert_close(results[1][0].double(), logits, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_good_to_float32_and_only_those_asked_for(wanted, dtype):
+    x_TD, weight_ED = (
+        torch.randn(rows, 64).to(dtype).requires_grad_(w) for rows, w in zip((50, 16), wanted, strict=True)
+    )
+    upstream_TE = torch.randn(50, 16)
+    router_logits(x_TD, weight_ED).backward(upstream_TE)
+    truth = double_precision(x_TD.detach(), weight_ED.detach(), upstream_TE)[1:]
+    for leaf, expected, want in zip((x_TD, weight_ED), truth, wanted, strict=True):
+        assert (leaf.grad is not None) == want
+        if want:
+            error = (leaf.grad.double() - expected).norm() / expected.norm()
+            assert leaf.grad.dtype == dtype and error < (2.0**-8 if dtype == torch.bfloat16 else 1e-6)
 
 
 def double_precision(x_TD, weight_ED, upstream_TE):

@@ -8,9 +8,23 @@ from qwen3_kernels import Routing, dispatch, router_topk
 
 pytest.importorskip("triton")
 from qwen3_kernels import router_topk_triton as fast  # noqa: E402
+from qwen3_kernels.launch import Launch  # noqa: E402
 
+INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter was not chosen at import")
 EXACT = ("expert_ids_TK", "counts_E", "order_N", "position_TK", "offsets_E")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Eight tokens a tile and three spans in the interpreter, which takes seconds for a tile that ships."""
+    if torch.cuda.is_available():
+        return
+    monkeypatch.setattr(fast, "SPANS", 3)
+    for bucket in list(fast.SELECT_LAUNCHES):
+        select, place = {"TOKENS": 8, "PARTS": 8, "AHEAD": 1}, {"SPANS": 8, "TILES": 2}
+        monkeypatch.setitem(fast.SELECT_LAUNCHES, bucket, Launch(select, num_warps=1, num_stages=1))
+        monkeypatch.setitem(fast.PLACE_LAUNCHES, bucket, Launch(place, num_warps=1, num_stages=1))
 
 
 @contextlib.contextmanager
@@ -140,12 +154,34 @@ def test_a_gradient_of_one_output_alone(output):
 
 
 @cpu_only
-def test_many_tiles(monkeypatch):
-    """The scan takes several rounds."""
-    for gpu, launch in list(fast.SCAN_LAUNCHES.items()):
-        monkeypatch.setitem(fast.SCAN_LAUNCHES, gpu, launch._replace(blocks={"TILES": 2, "EXPERTS": 8}))
-    logits_TE = logits_with_ties(150, 20)
-    compare(logits_TE, 2, **arguments(logits_TE, 2, mask=True))
+@pytest.mark.parametrize("replay", [False, True])
+def test_more_spans_than_are_read_at_once(monkeypatch, replay):
+    """Spans so short that there are ten, eight of which the second launch reads at a time."""
+    monkeypatch.setattr(fast, "MAX_SPAN_ROWS", 16)
+    logits_TE = logits_with_ties(77, 20)
+    compare(logits_TE, 2, **arguments(logits_TE, 2, mask=True, replay=replay))
+
+
+@cpu_only
+@pytest.mark.parametrize("experts", [128])
+def test_the_launches_that_ship(monkeypatch, experts):
+    monkeypatch.undo()
+    logits_TE = logits_with_ties(67, experts)
+    compare(logits_TE, 8, **arguments(logits_TE, 8, mask=True))
+
+
+@cpu_only
+@pytest.mark.parametrize("ahead, parts", [(0, 8), (1, 4), (0, 4)])
+def test_other_ways_to_load(monkeypatch, ahead, parts):
+    select = Launch({"TOKENS": 8, "PARTS": parts, "AHEAD": ahead}, num_warps=1, num_stages=1)
+    monkeypatch.setitem(fast.SELECT_LAUNCHES, (90, 128), select)
+    compare(logits_with_ties(30, 128), 8)
+
+
+@cpu_only
+def test_peaked_scores_keep_their_order():
+    """Scores below 2^-7 of the largest lose bits of their keys, and most of a token's here are far below."""
+    compare(torch.linspace(-300.0, 300.0, 100).repeat(9, 1)[:, torch.randperm(100)], 8)
 
 
 @cpu_only
@@ -163,11 +199,17 @@ def test_the_operators_are_registered_right():
     torch.library.opcheck(torch.ops.qwen3_kernels.router_topk, (logits_TE, 3, True, mask_T, None, None))
 
 
-def test_beyond_the_limits_it_says_so():
-    with implementation("triton"), pytest.raises(ValueError, match="at most 16 experts a token, top_k is 17"):
-        router_topk(torch.zeros(2, 32, device="cuda" if torch.cuda.is_available() else "cpu"), 17)
-    with implementation("triton"), pytest.raises(ValueError, match="at most 512 experts, not 513"):
-        router_topk(torch.zeros(2, 513, device="cuda" if torch.cuda.is_available() else "cpu"), 1)
+@pytest.mark.parametrize(
+    "experts, top_k, limit", [(32, 17, "at most 16 experts a token, not 17"), (513, 1, "at most 512 experts, not 513")]
+)
+def test_beyond_the_limits_the_reference_runs(experts, top_k, limit):
+    logits_TE = logits_with_ties(5, experts, "cuda" if torch.cuda.is_available() else "cpu")
+    with implementation("triton"), pytest.raises(ValueError, match=limit):
+        router_topk(logits_TE, top_k)
+    with implementation("reference"):
+        expected = router_topk(logits_TE, top_k)
+    with contextlib.nullcontext() if torch.cuda.is_available() else dispatch.interpreted():
+        assert all(torch.equal(a, b) for a, b in zip(router_topk(logits_TE, top_k), expected, strict=True))
 
 
 # On a GPU.
@@ -200,6 +242,35 @@ def test_features_at_real_shapes(features, renormalize):
     upstream = upstream_of(logits_TE, 8)
     ours = both_ways("triton", logits_TE, 8, upstream, renormalize=renormalize, **options)
     expected = both_ways("reference", logits_TE, 8, upstream, renormalize=renormalize, **options)
+    assert_same(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("tokens, experts, top_k", [(5000, 128, 8), (33, 128, 8), (5000, 60, 4), (4999, 257, 10)])
+def test_replay_of_every_integer_type_counts_right(tokens, experts, top_k, dtype, mask):
+    """Given ids and the mask of their rows come to the counts in different layouts, partly filled tiles included."""
+    if dtype is torch.uint8 and experts > 256:
+        pytest.skip("ids do not fit")
+    logits_TE = torch.randn(tokens, experts, device="cuda")
+    options = arguments(logits_TE, top_k, mask=mask, replay=True)
+    options["expert_ids_TK"] = options["expert_ids_TK"].to(dtype)
+    upstream = upstream_of(logits_TE, top_k)
+    ours = both_ways("triton", logits_TE, top_k, upstream, **options)
+    counted_TK = options["expert_ids_TK"] if not mask else options["expert_ids_TK"][options["token_mask_T"]]
+    assert torch.equal(ours[0].counts_E, counted_TK.long().flatten().bincount(minlength=experts))
+    assert_same(ours, both_ways("reference", logits_TE, top_k, upstream, **options), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_every_row_on_one_expert():
+    """As many rows of one expert as a span can hold: replayed ids may repeat in a token."""
+    logits_TE = torch.randn(131072, 128, device="cuda")
+    given_TK = torch.full((131072, 8), 5, device="cuda")
+    upstream = upstream_of(logits_TE, 8)
+    ours = both_ways("triton", logits_TE, 8, upstream, expert_ids_TK=given_TK)
+    expected = both_ways("reference", logits_TE, 8, upstream, expert_ids_TK=given_TK)
     assert_same(ours, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -245,7 +316,7 @@ def test_a_cuda_graph_replays_it():
 
 @pytest.mark.gpu
 def test_it_runs_by_default_and_waits_for_nothing():
-    assert dispatch.choose("router_topk", torch.zeros(1, 8, device="cuda")) is fast.run
+    assert dispatch.choose("router_topk", torch.zeros(1, 8, device="cuda"), top_k=8) is fast.run
     logits_TE = torch.randn(4096, 128, device="cuda", requires_grad=True)
     weight = torch.ones((), device="cuda")
     router_topk(logits_TE, 8)

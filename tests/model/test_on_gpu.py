@@ -76,3 +76,19 @@ def test_sampler_and_trainer_give_one_log_probability_in_bfloat16():
     sampled_T = runner.logits(hidden_TD).log_softmax(-1).gather(1, token_ids_T[:, None]).squeeze(1)
     trained_T = linear_logprob(hidden_TD, model.lm_head_weight, token_ids_T).logprob_T
     torch.testing.assert_close(sampled_T, trained_T, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_on_the_second_gpu_while_the_first_is_current(compiled):
+    torch.manual_seed(0)
+    model = Qwen3(config())
+    loss, gradients = loss_and_gradients(model, "cuda:0")
+    if compiled:
+        model.compile_blocks()
+    assert torch.cuda.current_device() == 0
+    other_loss, other_gradients = loss_and_gradients(model, "cuda:1")
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(other_gradients, gradients, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7

@@ -16,6 +16,7 @@ from qwen3_lit.losses.load_balance import AuxFreeBias, GlobalBatchBalance
 from qwen3_lit.model.config import DualChunkConfig, ModelConfig
 from qwen3_lit.model.hf_checkpoint import read_hf_config
 from qwen3_lit.modules.cold_start_sft import ColdStartSFTModule
+from qwen3_lit.modules.distill import DistillModule
 from qwen3_lit.modules.pretrain import PretrainModule
 from qwen3_lit.modules.reward_model import RewardModule
 from qwen3_lit.optim.param_groups import OptimizerConfig
@@ -135,8 +136,24 @@ def test_init_from_refuses_other_dimensions_and_takes_other_positions(tmp_path, 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, tokenizer_folder):
     module = PretrainModule(config=config(vocab_size=100))
-    with pytest.raises(UserError, match="the model's vocab_size is 100"):
+    with pytest.raises(UserError, match="the model has vocab_size 100"):
         trainer(tmp_path, max_steps=1).fit(module, Rows(tokenizer_folder, [pack_row([document(9, 5, 0)])]))
+
+
+def test_another_tokenizer_of_the_same_size_than_that_of_init_from_or_of_the_teacher_is_refused(
+    tmp_path, tokenizer_folder
+):
+    row = [pack_row([document(9, 5, 0)])]
+    first = PretrainModule(config=config())
+    trainer(tmp_path, max_steps=1).fit(first, Rows(tokenizer_folder, row))
+    folder = str(tmp_path / "hf")
+    first.export(folder)
+    other = str(tmp_path / "other")
+    train_tokenizer(["zebras quickly jump over vexed foxes"] * 20, 290, other)
+    taught = {"on_policy": True, "teacher": folder}
+    for module in (PretrainModule(config=config(), init_from=folder), DistillModule(config=config(), **taught)):
+        with pytest.raises(UserError, match=f"{other}: not the tokenizer of the weights in {folder}: id 256 is"):
+            trainer(tmp_path, max_steps=1).fit(module, Rows(other, row))
 
 
 def test_the_reward_model_learns_which_answer_is_better(tmp_path, tokenizer_folder):

@@ -39,7 +39,7 @@ _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from qwen3_lit.rl.rewards.worker_main import main; main(int(sys.argv[2]), int(sys.argv[3]))"
 )
-_FAILURES = ("timeouts", "errors", "oom", "crashes")
+_FAILURES = {"timeouts": "timeout_frac", "errors": "error_frac", "oom": "oom_frac", "crashes": "crash_frac"}
 
 
 @dataclass(frozen=True)
@@ -362,8 +362,8 @@ class RewardPool:
         self.totals["jobs"] += jobs
         self.metrics = {name: float(self._failures[name]) for name in _FAILURES}
         self.metrics.update({name: float(count) for name, count in self._failures.items() if "/" in name})
-        for name in _FAILURES:
-            self.metrics[f"{name.removesuffix('s')}_frac"] = self._failures[name] / max(jobs, 1)
+        for name, fraction in _FAILURES.items():
+            self.metrics[fraction] = self._failures[name] / max(jobs, 1)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a RewardPool owns processes and cannot be pickled")

@@ -104,6 +104,7 @@ def test_two_workers_survive_a_batch_full_of_trouble(hostile_module) -> None:
     assert scores == [0.0 if a in ("sleep", "die", "raise", "allocate") else len(a) / 10 for a in answers]
     assert (pool.metrics["timeouts"], pool.metrics["crashes"]) == (2, 4)
     assert (pool.metrics["errors"], pool.metrics["oom"]) == (2, 2)
+    assert (pool.metrics["crash_frac"], pool.metrics["timeout_frac"]) == (0.2, 0.1)
 
 
 def test_order_none_and_task_limits_are_kept(hostile_module) -> None:
