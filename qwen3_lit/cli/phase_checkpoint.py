@@ -1,5 +1,6 @@
 """The checkpoint callback of every run: one newest checkpoint, by time or steps, and one at the end of the phase."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ class PhaseCheckpoint(ModelCheckpoint):
     With a time interval Lightning leaves the steps since the last tick unsaved, so the same command would train them
     again after the phase ended. The last step is saved where every other one is, inside the epoch: a checkpoint made
     after the epoch was closed counts one batch and one epoch too many when a longer run continues from it.
+
+    Nothing is saved between the micro-steps of an accumulated step: no checkpoint holds gradients, so a run continued
+    from there would take a step on what is left of them. Lightning does it when a time interval ends there, and at the
+    first micro-step after a resume.
 
     A step's figures are logged before the step is saved. Lightning logs them afterwards: a run killed between the two
     would continue behind the step, and never have its figures.
@@ -41,21 +46,36 @@ class PhaseCheckpoint(ModelCheckpoint):
         return previous != current and folder in Path(previous).absolute().parents
 
     def _finish_killed_save(self, trainer: L.Trainer) -> None:
-        """When the newest checkpoint is this step: point ``last`` to it, and remove those that it replaced."""
+        if not trainer.is_global_zero or self.save_top_k != 1 or self.monitor is not None:
+            return
         folder = Path(str(self.dirpath)).absolute()
-        newest = newest_checkpoint(folder) if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False) else None
-        if newest is None or step_of(newest) != trainer.global_step or self.save_top_k != 1 or self.monitor is not None:
+        newest = newest_checkpoint(folder)
+        if newest is None or step_of(newest) != trainer.global_step:
             return
         for path in folder.iterdir():
             if path != newest and step_of(path) is not None and is_complete(path):
                 self._remove_checkpoint(trainer, str(path))
-        if self.save_last == "link":
-            link = folder / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
-            if link.is_symlink() and 
+        link = folder / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+        if self.save_last == "link" and (link.is_symlink() or not link.exists()) and link.resolve() != newest.resolve():
+            link.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a file system without links
+                link.symlink_to(newest.name)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Clear up behind a kill, now that its checkpoint could be loaded."""
+        super().on_train_start(trainer, pl_module)
+        self._finish_killed_save(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The same where nothing was left to train."""
+        self._finish_killed_save(trainer)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save by the recipe's rhythm, and at ``max_steps``."""
+        if pl_module.automatic_optimization and trainer.fit_loop._should_accumulate():
+            return
         self._step_ended = True
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps:

@@ -27,15 +27,21 @@ def is_complete(path: Path) -> bool:
         return False
 
 
+def step_of(path: Path) -> int | None:
+    """The optimizer steps that a checkpoint's name says it has, None for another kind of name."""
+    match = _STEP.search(path.name) if path.suffix == ".ckpt" else None
+    return int(match[1]) if match else None
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint of the highest step in ``folder``, or None while there is none at all.
 
     Raises UserError when checkpoints are there and none is complete: training anew would lose their steps unasked.
     """
     found = [
-        (int(match[1]), path.stat().st_mtime_ns, path)
+        (step, path.stat().st_mtime_ns, path)
         for path in (folder.iterdir() if folder.is_dir() else ())
-        if path.suffix == ".ckpt" and path.exists() and (match := _STEP.search(path.name))
+        if path.exists() and (step := step_of(path)) is not None
     ]
     cut_off: list[Path] = []
     for _, _, path in sorted(found, reverse=True):

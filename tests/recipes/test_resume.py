@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-SEED = 1
+SEED = 3
 """Draws steps and moments; every other number must do as well."""
 TRAINING_MOMENTS = ("gradient", "half a checkpoint", "two checkpoints", "unlogged", "half a row")
 FINAL_MOMENTS = ("evaluation", "export")
@@ -29,11 +29,12 @@ FINAL_MOMENTS = ("evaluation", "export")
 
 @dataclass(frozen=True)
 class Case:
-    """A module's recipe, its optimizer steps, and how many of them lie between two checkpoints."""
+    """A module's recipe, its optimizer steps, and how many of them lie between two checkpoints; None saves by a clock
+    that is always due."""
 
     recipe: str
     steps: int
-    every: int
+    every: int | None
     settings: dict[str, Any]
     exercised: Callable[[dict[str, Any]], bool] = lambda outcome: True
     """Whether the run used what it is here for."""
@@ -41,7 +42,7 @@ class Case:
 
 CASES = {
     "PretrainModule": Case("1_pretrain_general", 5, 3, {"trainer.val_check_interval": 4}),
-    "ColdStartSFTModule": Case("4_cold_start_sft", 5, 2, {"trainer.accumulate_grad_batches": 2}),
+    "ColdStartSFTModule": Case("4_cold_start_sft", 5, None, {"trainer.accumulate_grad_batches": 2}),
     "GRPOModule": Case(
         "5_reasoning_rl",
         8,
@@ -77,16 +78,23 @@ class RunServer:
     def __init__(self) -> None:
         command = [sys.executable, str(Path(__file__).with_name("run_server.py"))]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self._running: int | None = None
 
     def start(self, argv: list[str], log: Path, kill: tuple[str, int] | None = None) -> int:
         """Start a command; its process id."""
         assert self._process.stdin is not None
+        if self._running is not None:  # of a test that failed
+            os.kill(self._running, signal.SIGKILL)
+            self.code()
         self._process.stdin.write(json.dumps({"argv": argv, "log": str(log), "kill": kill}) + "\n")
-        return self._number()
+        self._running = self._number()
+        return self._running
 
     def code(self) -> int:
         """Wait for the command's end; its exit code, minus the signal that killed it."""
-        return self._number()
+        code = self._number()
+        self._running = None
+        return code
 
     def _number(self) -> int:
         assert self._process.stdout is not None
@@ -160,7 +168,8 @@ def kill_from_outside(process: int, metrics: Path, step: int, delay: float) -> N
     """SIGKILL ``delay`` seconds after the process logged ``step`` or a later one, unless it ends before."""
     started = time.time_ns()
     while Path(f"/proc/{process}").exists():
-        if metrics.stat().st_mtime_ns > started and any(row["step"] >= step for row in rows_of(metrics.parent)):
+        logged = metrics.is_file() and metrics.stat().st_mtime_ns > started
+        if logged and any(row["step"] >= step for row in rows_of(metrics.parent)):
             break
         time.sleep(0.01)
     time.sleep(delay)
@@ -178,7 +187,7 @@ def test_a_killed_run_ends_like_one_that_was_not(module: str, small: Any, server
         settings = {
             "trainer.max_steps": case.steps,
             "checkpoint.every_n_train_steps": case.every,
-            "checkpoint.train_time_interval": None,
+            "checkpoint.train_time_interval": None if case.every else "0:00:00.000001",
             **case.settings,
         }
         return small.arguments(case.recipe, tmp_path / name, **settings)
