@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from qwen3_kernels import dispatch
 from torch import Tensor
 
 from qwen3_lit.generation.attention_contexts import DecodeAttention, PrefillAttention
@@ -56,7 +57,8 @@ class ModelRunner:
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """Float32 logits over the valid vocabulary [B, V]; rows past it belong to no token and are left out."""
-        weight_VD = self.model.lm_head_weight[: self.valid_vocab]
+        hidden_BD = dispatch.autocast(hidden_BD)
+        weight_VD = dispatch.autocast(self.model.lm_head_weight[: self.valid_vocab])
         if hidden_BD.is_cuda and hidden_BD.dtype == torch.bfloat16:
             # As the trainer's linear_logprob: logits rounded to bfloat16 would part sampled from trained log-probs.
             return torch.mm(hidden_BD, weight_VD.t(), out_dtype=torch.float32)

@@ -41,8 +41,7 @@ def rotate64(x, position):
 def inputs(length, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(length, heads, WIDTH, dtype=torch.float64, generator=generator)
-        for heads in (HEADS, GROUPS, GROUPS)
+        torch.randn(length, heads, WIDTH, dtype=torch.float64, generator=generator) for heads in (HEADS, GROUPS, GROUPS)
     ]
 
 

@@ -76,8 +76,10 @@ def test_products_are_in_bfloat16_and_routing_is_not(device, chunks, seen) -> No
     assert seen == [*block, *block, ("linear_cross_entropy", [half, single], [single, single])]
     assert hidden_TD.dtype == single
     assert all(p.grad is not None and p.grad.dtype == single for p in qwen.parameters())
+    at_stake = False
     for router, x_TD, expert_ids_TK in zip(routers, inputs, chosen, strict=True):
         logits_TE = F.linear(x_TD.float(), router.weight)
         assert torch.equal(expert_ids_TK.long(), logits_TE.topk(4).indices)
         rounded_TE = F.linear(x_TD.bfloat16(), router.weight.bfloat16())
-        assert not torch.equal(expert_ids_TK.long(), rounded_TE.topk(4).indices)  # what is at stake
+        at_stake |= not torch.equal(expert_ids_TK.long(), rounded_TE.topk(4).indices)
+    assert at_stake
