@@ -1,8 +1,9 @@
 """Time and memory of a call, and the two ceilings of a device.
 
-Device time is measured by events around one call. Before each call a scratch buffer of 256 MB is overwritten, as
-``triton.testing.do_bench`` does, so that no input is left in the cache (50 MB of L2 on an H200, 126 on a B200); then a
-spin kernel keeps the device busy for as long as the host needs to enqueue the call, so that launches are hidden unless
+Device time is measured by events around one call. Before each call a scratch buffer of 256 MB is read, so that no
+input is left in the cache (50 MB of L2 on an H200, 126 on a B200); overwriting it, as ``triton.testing.do_bench`` does,
+would leave the cache full of lines that the call has to write back: 6 to 9 us of its time on an H200. Then a spin
+kernel keeps the device busy for as long as the host needs to enqueue the call, so that launches are hidden unless
 the call waits for the device itself. Both stand outside of the events, and so does what a call needs made anew each
 time, the graph of a backward pass.
 """
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 SCRATCH_BYTES = 256 * 2**20
-"""Overwritten before every call: more than any L2."""
+"""Read before every call: more than any L2."""
 SPIN_CYCLES_PER_SECOND = 2.0e9
 """A little above the clock of any card that runs this, so that the spin is never too short."""
 LONGEST_SPIN = 0.02
@@ -69,12 +70,12 @@ def time_step(step: Step, device: torch.device, *, seconds: float = 0.4) -> Timi
         step.run(step.prepare())
     if device.type != "cuda":
         return Timing(*_quantiles([_host_time(step) for _ in range(repeats)]), extra_bytes)
-    scratch = torch.empty(SCRATCH_BYTES, dtype=torch.int8, device=device)
+    scratch = torch.zeros(SCRATCH_BYTES // 4, device=device)
     spin = int(min(1.5 * enqueued + 1e-4, LONGEST_SPIN) * SPIN_CYCLES_PER_SECOND)
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for before, after in pairs:
         prepared = step.prepare()
-        scratch.zero_()
+        scratch.sum()
         torch.cuda._sleep(spin)
         before.record()
         step.run(prepared)
