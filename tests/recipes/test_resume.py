@@ -197,6 +197,7 @@ def test_a_killed_run_ends_like_one_that_was_not(module: str, small: Any, server
     whole = outcome(tmp_path / "whole")
     assert case.exercised(whole)
 
+    # Killed inside, killed from outside, killed inside again, at the end perhaps, and left alone.
     story = [f"seed {SEED}"]
     for moments in (TRAINING_MOMENTS, TRAINING_MOMENTS + FINAL_MOMENTS):
         kill = rng.choice(moments), rng.randrange(1, case.steps)
@@ -214,3 +215,14 @@ def test_a_killed_run_ends_like_one_that_was_not(module: str, small: Any, server
     assert server.code() == 0, f"{story}\n{log.read_text()}"
     found = differences(whole, outcome(tmp_path / "killed"))
     assert not found, "\n".join([*story, f"{len(found)} of {len(whole)} values differ (whole | killed):", *found[:20]])
+
+
+def test_a_run_that_was_made_longer_ends_like_a_long_one(small: Any, server: RunServer, tmp_path: Path) -> None:
+    outcomes = []
+    for name, ends in (("whole", (4,)), ("longer", (1, 3, 4))):
+        for end in ends:
+            settings = {"trainer.max_steps": end, "model.init_args.schedule.total_steps": 4}
+            server.start(small.arguments("1_pretrain_general", tmp_path / name, **settings), tmp_path / "log.txt")
+            assert server.code() == 0, (tmp_path / "log.txt").read_text()
+        outcomes.append(outcome(tmp_path / name))
+    assert not differences(*outcomes)

@@ -15,6 +15,9 @@ from qwen3_lit.rl.rewards.math_answer import MathAnswerReward
 from qwen3_lit.rl.rewards.reward import Reward, RewardInput
 from qwen3_lit.rl.rewards.workers import RewardPool
 
+# Seconds: 0.7 was once too short for an item that allocates in vain, on a machine with other work.
+DEADLINE = 5.0
+
 HOSTILE = textwrap.dedent(
     """
     import os, signal, sys, time
@@ -85,7 +88,7 @@ def item(text: str, **problem: object) -> RewardInput:
 def test_one_bad_item_costs_one_default_reward(hostile_module, bad: str, failure: str) -> None:
     answers = ["a", "bb", bad, "ccc", "dddd", "eeeee", "f"]
     rewards = [hostile_module.Hostile(), MathAnswerReward()]
-    with RewardPool(rewards, num_workers=1, deadline_seconds=1.0, memory_limit_mb=600, default_reward=-1.0) as pool:
+    with RewardPool(rewards, num_workers=1, deadline_seconds=DEADLINE, memory_limit_mb=600, default_reward=-1.0) as pool:
         scores = pool.score([item(answer) for answer in answers])
         expected = [-1.0 if answer == bad else len(answer) / 10 for answer in answers]
         assert [score["hostile"] for score in scores] == expected
@@ -99,7 +102,7 @@ def test_one_bad_item_costs_one_default_reward(hostile_module, bad: str, failure
 
 def test_two_workers_survive_a_batch_full_of_trouble(hostile_module) -> None:
     answers = ["sleep", "a", "die", "bb", "raise", "ccc", "allocate", "dddd", "die", "e"] * 2
-    with RewardPool([hostile_module.Hostile()], num_workers=2, deadline_seconds=0.7, memory_limit_mb=600) as pool:
+    with RewardPool([hostile_module.Hostile()], num_workers=2, deadline_seconds=DEADLINE, memory_limit_mb=600) as pool:
         scores = [score["hostile"] for score in pool.score([item(answer) for answer in answers])]
     assert scores == [0.0 if a in ("sleep", "die", "raise", "allocate") else len(a) / 10 for a in answers]
     assert (pool.metrics["timeouts"], pool.metrics["crashes"]) == (2, 4)
@@ -122,7 +125,7 @@ def test_workers_do_not_import_torch(hostile_module) -> None:
 
 
 def test_a_symbolic_bomb_is_stopped() -> None:
-    with RewardPool([MathAnswerReward()], num_workers=1, deadline_seconds=2.0, memory_limit_mb=800) as pool:
+    with RewardPool([MathAnswerReward()], num_workers=1, deadline_seconds=DEADLINE, memory_limit_mb=800) as pool:
         scores = pool.score([item("\\boxed{9^{9^{9^{9^{9}}}}}", answer="x+1"), item("\\boxed{1+x}", answer="x+1")])
     assert [score["math_answer"] for score in scores] == [0.0, 1.0]
 
