@@ -88,7 +88,8 @@ def item(text: str, **problem: object) -> RewardInput:
 def test_one_bad_item_costs_one_default_reward(hostile_module, bad: str, failure: str) -> None:
     answers = ["a", "bb", bad, "ccc", "dddd", "eeeee", "f"]
     rewards = [hostile_module.Hostile(), MathAnswerReward()]
-    with RewardPool(rewards, num_workers=1, deadline_seconds=DEADLINE, memory_limit_mb=600, default_reward=-1.0) as pool:
+    limits = {"deadline_seconds": DEADLINE, "memory_limit_mb": 600}
+    with RewardPool(rewards, num_workers=1, default_reward=-1.0, **limits) as pool:
         scores = pool.score([item(answer) for answer in answers])
         expected = [-1.0 if answer == bad else len(answer) / 10 for answer in answers]
         assert [score["hostile"] for score in scores] == expected
