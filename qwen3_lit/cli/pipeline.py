@@ -1,32 +1,34 @@
-"""``qwen3-lit pipeline``: run the steps of a pipeline file in order, each as a process of its own, and survive kills.
+"""``qwen3-lit pipeline``: run the steps of a pipeline file, each as a process of its own, and survive kills.
 
-``<run_dir>/pipeline_state.json`` records, for every step, a fingerprint of what it does, whether it is done, the
-seconds it took over all its starts, and the peak memory of its process tree. The same command started again skips what
-is done and lets the interrupted step continue. A step whose definition or recipe changed starts clean, and so do all
-steps after it. A lock, which the running step inherits, keeps two pipelines out of one folder.
+Steps run in order. A step with ``beside: true`` runs next to them, one at a time, as early as what it needs is done,
+and its output goes to ``<run_dir>/logs``; a step waits for the earlier ones whose outputs it names. The same command
+started again skips what is done (``pipeline_state``) and lets the interrupted steps continue. A step whose definition
+or recipe changed starts clean, and so do all steps after it. A lock, which running steps inherit, keeps two pipelines
+out of one folder.
 """
 
 import argparse
 import fcntl
-import json
 import logging
 import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from qwen3_lit.cli.pipeline_file import PipelineFile, Step, read_pipeline
-from qwen3_lit.cli.process_memory import PeakMemory
+from qwen3_lit.cli.pipeline_state import PipelineState
+from qwen3_lit.cli.process_memory import tree_resident_gb
+from qwen3_lit.cli.step_process import StepProcess
 from qwen3_lit.errors import UserError
 
-HELP = "Run the steps of a pipeline file in order. The same command again continues where it stopped, even killed."
+HELP = "Run the steps of a pipeline file. The same command again continues where it stopped, even killed."
 LOCK_WAIT_SECONDS = 20.0
-RECORD_EVERY_SECONDS = 2.0
+POLL_SECONDS, MEASURE_SECONDS, WRITE_SECONDS = 0.05, 0.5, 2.0
+LOG_LINES_OF_A_FAILURE = 20
 
 log = logging.getLogger(__name__)
 
@@ -39,38 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the commands and what is done; run nothing")
     parser.add_argument("--run-dir", help="write to this folder instead of the file's run_dir")
     parser.add_argument("--var", action="append", default=[], metavar="NAME=VALUE", help="override a variable")
-
-
-class PipelineState:
-    """The recorded progress of one run folder; written atomically."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "pipeline_state.json"
-        self.steps: dict[str, dict[str, Any]] = {}
-        self.forced: dict[str, Any] = {}
-        if self.path.exists():
-            try:
-                content = json.loads(self.path.read_text(encoding="utf-8"))
-                self.steps, self.forced = content["steps"], content["forced"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(f"{self.path}: not a pipeline state ({error}); delete it to start anew") from error
-
-    def write(self) -> None:
-        """Replace the file."""
-        content = {
-            "total_seconds": round(sum(step["seconds"] for step in self.steps.values()), 1),
-            "peak_rss_gb": max((step["peak_rss_gb"] for step in self.steps.values()), default=0.0),
-            "steps": self.steps,
-            "forced": self.forced,
-        }
-        half = self.path.with_suffix(".json.half")
-        half.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(half, self.path)
-
-    def is_done(self, step: Step, fingerprint: str) -> bool:
-        """Whether the step ran to its end as it is defined now."""
-        entry = self.steps.get(step.name)
-        return bool(entry and entry["done"] and entry["hash"] == fingerprint)
 
 
 def _take_lock(folder: Path) -> int:
@@ -101,47 +71,6 @@ def _remove_outputs(step: Step, run_dir: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _stop(process: subprocess.Popen[bytes], was_told: bool) -> None:
-    """Interrupt a step and wait for its end; Ctrl-C in a terminal has told it already."""
-    first = 5.0 if was_told else 0.0
-    for wait_seconds, signal_number in ((first, signal.SIGINT), (15.0, signal.SIGTERM), (5.0, signal.SIGKILL)):
-        try:
-            process.wait(wait_seconds)
-            return
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal_number)
-    process.wait()
-
-
-def _run_process(arguments: tuple[str, ...], entry: dict[str, Any], state: PipelineState, lock: int) -> int:
-    """Run one command with the terminal handed through; keeps its seconds and memory in the state as it goes."""
-    command = [sys.executable, "-m", "qwen3_lit.cli.main", *arguments]
-    seconds_before, peak_before = entry["seconds"], entry["peak_rss_gb"]
-    memory = PeakMemory().start()
-    start = time.monotonic()
-
-    def record() -> None:
-        entry["seconds"] = round(seconds_before + time.monotonic() - start, 2)
-        entry["peak_rss_gb"] = max(peak_before, memory.peak_gb)
-        state.write()
-
-    environment = {**os.environ, "QWEN3_LIT_PARENT_PID": str(os.getpid())}
-    process = subprocess.Popen(command, pass_fds=[lock], env=environment)
-    try:
-        while True:
-            try:
-                return process.wait(RECORD_EVERY_SECONDS)
-            except subprocess.TimeoutExpired:
-                record()
-    except BaseException as error:
-        _stop(process, was_told=isinstance(error, KeyboardInterrupt))
-        raise
-    finally:
-        memory.sample()
-        memory.stop()
-        record()
 
 
 def _selection(args: argparse.Namespace, pipeline: PipelineFile) -> tuple[str, list[str]]:
@@ -213,47 +142,137 @@ def _run_locked(
         state.write()
     elif not option:
         state.forced = {}
-    for index, step in enumerate(pipeline.steps):
-        if args.only is not None and step.name != args.only:
-            continue
-        pending = state.forced.get("pending", [])
-        title = f"[{index + 1}/{len(pipeline.steps)}] {step.name}"
-        if state.is_done(step, prints[step.name]) and step.name not in pending:
-            print(f"{title}: done, {state.steps[step.name]['seconds']:.0f} s")
-            continue
-        entry = state.steps.get(step.name)
-        if entry is None or entry["hash"] != prints[step.name] or step.name in pending:
-            _remove_outputs(step, pipeline.run_dir)
-            entry = {"hash": prints[step.name], "done": False, "seconds": 0.0, "peak_rss_gb": 0.0}
-            state.steps[step.name] = entry
-            if step.name in pending:
-                pending.remove(step.name)
-            state.write()
-        print(f"{title}\n$ qwen3-lit {shlex.join(step.arguments)}", flush=True)
-        code = _run_process(step.arguments, entry, state, lock)
-        if code != 0:
-            return _failed(step, code)
-        entry["done"] = True
-        state.write()
+    steps = [step for step in pipeline.steps if args.only in (None, step.name)]
+    code = _Scheduler(pipeline, state, prints, lock).run(steps)
+    if code != 0:
+        return code
     state.steps = {step.name: state.steps[step.name] for step in pipeline.steps if step.name in state.steps}
     state.forced = {}
     state.write()
     return _report(pipeline, lock, state)
 
 
-def _failed(step: Step, code: int) -> int:
+class _Scheduler:
+    """Runs steps in two lanes: one in order, one beside it."""
+
+    def __init__(self, pipeline: PipelineFile, state: PipelineState, prints: dict[str, str], lock: int) -> None:
+        self.pipeline, self.state, self.prints, self.lock = pipeline, state, prints, lock
+        self.waiting: list[Step] = []
+        self.running: dict[bool, tuple[Step, StepProcess]] = {}  # by whether it runs beside
+        self.ticked = self.measured = self.written = time.monotonic()
+
+    def run(self, steps: list[Step]) -> int:
+        """0 when all steps are done, or the exit code of the first that failed; the others are stopped then."""
+        pending = self.state.forced.get("pending", [])
+        for step in steps:
+            if self.state.is_done(step, self.prints[step.name]) and step.name not in pending:
+                print(f"{self._title(step)}: done, {self.state.steps[step.name]['seconds']:.0f} s")
+            else:
+                self.waiting.append(step)
+        was_told = False
+        try:
+            while self.waiting or self.running:
+                self._start_what_can()
+                time.sleep(POLL_SECONDS)
+                self._tick()
+                for beside, (step, process) in list(self.running.items()):
+                    code = process.poll()
+                    if code is None:
+                        continue
+                    self._ended(beside, step, process, code)
+                    if code != 0:
+                        return _failed(step, process, code)
+            return 0
+        except KeyboardInterrupt:
+            was_told = True
+            raise
+        finally:
+            for _, process in self.running.values():
+                process.stop(was_told=was_told)
+                process.measure()
+            self.state.write()
+
+    def _title(self, step: Step) -> str:
+        return f"[{self.pipeline.steps.index(step) + 1}/{len(self.pipeline.steps)}] {step.name}"
+
+    def _start_what_can(self) -> None:
+        in_order_is_free = False not in self.running
+        for step in list(self.waiting):
+            if True in self.running if step.beside else not in_order_is_free:
+                continue
+            if not any(step.needs(other) for other in self._unfinished_before(step)):
+                self._start(step)
+            in_order_is_free &= step.beside  # started or not, it is this one's turn
+
+    def _unfinished_before(self, step: Step) -> list[Step]:
+        unfinished = [*self.waiting, *(other for other, _ in self.running.values())]
+        place = self.pipeline.steps.index
+        return [other for other in unfinished if place(other) < place(step)]
+
+    def _start(self, step: Step) -> None:
+        state, pending = self.state, self.state.forced.get("pending", [])
+        entry = state.steps.get(step.name)
+        if entry is None or entry["hash"] != self.prints[step.name] or step.name in pending:
+            _remove_outputs(step, self.pipeline.run_dir)
+            state.begin(step, self.prints[step.name])
+            if step.name in pending:
+                pending.remove(step.name)
+            state.write()
+        log_file = self.pipeline.run_dir / "logs" / f"{step.name}.log" if step.beside else None
+        where = f", beside the others; its output goes to {log_file}" if log_file else ""
+        print(f"{self._title(step)}{where}\n$ qwen3-lit {shlex.join(step.arguments)}", flush=True)
+        process = StepProcess(step.arguments, state.steps[step.name], self.lock, log_file)
+        self.waiting.remove(step)
+        self.running[step.beside] = (step, process)
+
+    def _ended(self, beside: bool, step: Step, process: StepProcess, code: int) -> None:
+        self._measure()
+        del self.running[beside]
+        process.figures["done"] = code == 0
+        self.state.write()
+        if beside and code == 0:
+            print(f"{self._title(step)}: done, {process.figures['seconds']:.0f} s", flush=True)
+
+    def _measure(self) -> None:
+        for _, process in self.running.values():
+            process.measure()
+        self.state.peak_rss_gb = max(self.state.peak_rss_gb, tree_resident_gb(os.getpid()))
+
+    def _tick(self) -> None:
+        """Time since the last tick goes to the step in front, or to the one beside where none is."""
+        now = time.monotonic()
+        front = self.running.get(False) or self.running.get(True)
+        if front is not None:
+            figures = front[1].figures
+            figures["wall_seconds"] = round(figures["wall_seconds"] + now - self.ticked, 4)
+        self.ticked = now
+        if now > self.measured + MEASURE_SECONDS:
+            self.measured = now
+            self._measure()
+        if now > self.written + WRITE_SECONDS:
+            self.written = now
+            self.state.write()
+
+
+def _failed(step: Step, process: StepProcess, code: int) -> int:
     if code in (-signal.SIGINT, 130):
         raise KeyboardInterrupt
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    if process.log_file is not None:
+        lines = process.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_OF_A_FAILURE:]
+        print("\n".join([f"last lines of {process.log_file}:", *lines]), file=sys.stderr)
     print(f"qwen3-lit pipeline: step {step.name} {how}; mend it and run the same command to continue", file=sys.stderr)
     return 128 - code if code < 0 else code
 
 
 def _report(pipeline: PipelineFile, lock: int, state: PipelineState) -> int:
     print(f"$ qwen3-lit report {pipeline.run_dir}", flush=True)
-    entry = {"seconds": 0.0, "peak_rss_gb": 0.0}
-    code = _run_process(("report", str(pipeline.run_dir)), entry, state, lock)
-    total = sum(step["seconds"] for step in state.steps.values())
-    peak = max((step["peak_rss_gb"] for step in state.steps.values()), default=0.0)
-    print(f"{pipeline.run_dir}: {len(state.steps)} steps, {total:.0f} s, peak memory {peak:.2f} GB")
+    process = StepProcess(("report", str(pipeline.run_dir)), {"seconds": 0.0, "peak_rss_gb": 0.0}, lock)
+    try:
+        code = process.process.wait()
+    except BaseException as error:
+        process.stop(was_told=isinstance(error, KeyboardInterrupt))
+        raise
+    peak = state.peak_rss_gb
+    print(f"{pipeline.run_dir}: {len(state.steps)} steps, {state.total_seconds:.0f} s, peak memory {peak:.2f} GB")
     return code

@@ -1,7 +1,8 @@
 """Pipeline files: phases in order, with variables filled in and each step turned into one command line.
 
 A file holds ``run_dir``, optional ``vars`` and ``steps``. A step is ``{name, command: [data, prepare, ...]}`` or
-``{name, recipe, overlays, set}``; ``outputs`` names what a command writes, so that a changed step starts clean.
+``{name, recipe, overlays, set}``; ``outputs`` names what a command writes, so that a changed step starts clean and
+later steps that name it wait for it. ``beside: true`` lets a step run next to the others.
 ``${run_dir}`` and ``${name_of_a_variable}`` are replaced in every text; a variable that is a list adds all its words to
 a command.
 """
@@ -20,7 +21,7 @@ from qwen3_lit.cli.recipe_files import Setting, read_settings, resolve_recipe
 from qwen3_lit.errors import UserError
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
-_STEP_KEYS = {"name", "command", "recipe", "overlays", "set", "outputs", "verb"}
+_STEP_KEYS = {"name", "command", "recipe", "overlays", "set", "outputs", "verb", "beside"}
 _FILE_KEYS = {"run_dir", "vars", "steps"}
 
 
@@ -35,6 +36,13 @@ class Step:
     """Files and folders that the step alone writes; removed before a changed step runs again."""
     sources: tuple[Path, ...] = field(default=())
     """Recipe files whose text decides what the step does."""
+    beside: bool = False
+    """Runs next to the steps in order, as early as it can."""
+
+    def needs(self, earlier: "Step") -> bool:
+        """Whether an argument names an output of the other step, or something in it."""
+        named = [re.compile(re.escape(output) + r"(?![\w.-])") for output in earlier.outputs]
+        return any(pattern.search(argument) for pattern in named for argument in self.arguments)
 
     def fingerprint(self, before: str) -> str:
         """Hash of the step, its recipe files and the step before: whatever changes one changes all later ones."""
@@ -107,10 +115,14 @@ def _step(raw: Any, index: int, variables: Mapping[str, Any], run_dir: Path, set
         raise UserError(f"{where}: step {name!r} needs exactly one of command and recipe")
     raw = {key: _fill(value, variables, where) for key, value in raw.items()}
     outputs = tuple(str(path) for path in raw.get("outputs", ()))
+    beside = raw.get("beside", False)
+    if not isinstance(beside, bool):
+        raise UserError(f"{where}: beside: seen {beside!r}, expected true or false")
     if "command" in raw:
         if not isinstance(raw["command"], list) or not raw["command"]:
             raise UserError(f"{where}: command: seen {raw['command']!r}, expected a list such as [data, prepare, PATH]")
-        return Step(name, tuple(_as_argument(part) for part in _spliced(raw["command"])), outputs)
+        command = tuple(_as_argument(part) for part in _spliced(raw["command"]))
+        return Step(name, command, outputs, beside=beside)
     sources = [resolve_recipe(str(recipe)) for recipe in (raw["recipe"], *raw.get("overlays", ()))]
     arguments = [str(raw.get("verb", "fit"))]
     for source in sources:
@@ -118,7 +130,7 @@ def _step(raw: Any, index: int, variables: Mapping[str, Any], run_dir: Path, set
     folder = run_dir / name
     values = {"trainer.default_root_dir": str(folder), **raw.get("set", {})}
     arguments += [f"--{key}={_as_argument(value)}" for key, value in values.items()]
-    return Step(name, tuple(arguments), (*outputs, str(folder)), tuple(sources))
+    return Step(name, tuple(arguments), (*outputs, str(folder)), tuple(sources), beside)
 
 
 def read_pipeline(name: str, run_dir: str | None = None, variables: Mapping[str, Any] | None = None) -> PipelineFile:

@@ -1,13 +1,12 @@
-"""Peak memory of a tree of processes: the sum of resident sizes, sampled twice a second from /proc.
+"""Memory of a tree of processes: the sum of resident sizes, read from /proc.
 
 Pages that two processes share are counted in each, so the figure is an upper bound. Without /proc (macOS) the peak of
-the largest finished child is used instead, and ``source`` says so.
+the largest finished child stands for it.
 """
 
 import os
 import resource
 import sys
-import threading
 from pathlib import Path
 
 _PROC = Path("/proc")
@@ -43,40 +42,10 @@ def tree_resident_bytes(root: int) -> int:
     return total
 
 
-class PeakMemory:
-    """Samples this process and its descendants in a thread between start() and stop()."""
-
-    def __init__(self, interval_seconds: float = 0.5) -> None:
-        self.interval_seconds = interval_seconds
-        self.peak_bytes = 0
-        self.source = "sum of resident sizes of the process tree" if _PROC.is_dir() else "largest finished child"
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, name="peak-memory", daemon=True)
-
-    def _sample(self) -> None:
-        while not self._stop.wait(self.interval_seconds):
-            self.sample()
-
-    def sample(self) -> None:
-        """Take one sample now."""
-        if _PROC.is_dir():
-            now = tree_resident_bytes(os.getpid())
-        else:
-            now = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        self.peak_bytes = max(self.peak_bytes, now)
-
-    def start(self) -> "PeakMemory":
-        """Begin to sample."""
-        self._thread.start()
-        return self
-
-    def stop(self) -> int:
-        """End and return the peak in bytes."""
-        self._stop.set()
-        self._thread.join()
-        return self.peak_bytes
-
-    @property
-    def peak_gb(self) -> float:
-        """The peak so far in GB (10^9 bytes), rounded to MB."""
-        return round(self.peak_bytes / 1e9, 3)
+def tree_resident_gb(root: int) -> float:
+    """What a process and its descendants take now, in GB (10^9 bytes), rounded to MB."""
+    if _PROC.is_dir():
+        in_bytes = tree_resident_bytes(root)
+    else:
+        in_bytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return round(in_bytes / 1e9, 3)

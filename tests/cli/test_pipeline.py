@@ -14,7 +14,8 @@ import pytest
 from qwen3_lit.cli import pipeline
 from qwen3_lit.cli.main import main
 from qwen3_lit.cli.pipeline_file import read_pipeline
-from qwen3_lit.cli.process_memory import PeakMemory, tree_resident_bytes
+from qwen3_lit.cli.process_memory import tree_resident_bytes
+from qwen3_lit.cli.step_process import StepProcess
 from qwen3_lit.errors import UserError
 
 TWO_COPIES = """
@@ -76,6 +77,7 @@ steps:
         ("run_dir: r\nsteps:\n  - {name: a}\n", r"pipeline.yaml:3: step 'a' needs exactly one of"),
         ("run_dir: r\nsteps:\n  - {name: a, command: [ls, '${x}']}\n", r"unknown variable \$\{x\}; known: run_dir"),
         ("run_dir: r\nsteps:\n  - {name: a, recipe: size/nanno}\n", "did you mean"),
+        ("run_dir: r\nsteps:\n  - {name: a, command: [ls], beside: yes please}\n", "3: beside: seen 'yes please'"),
         ("steps:\n  - {name: a, command: [ls]}\n", "run_dir"),
         ("run_dir: r\nsteps:\n  - {name: a, command: [ls]}\n  - {name: a, command: [ls]}\n", "two steps are named"),
     ],
@@ -126,15 +128,16 @@ def test_a_forced_run_that_was_interrupted_continues(tmp_path: Path, monkeypatch
     path, run_dir = _write(tmp_path)
     monkeypatch.setattr(pipeline, "_report", lambda *args: 0)
     assert main(["pipeline", path]) == 0
-    original, ran = pipeline._run_process, []
+    ran: list[str] = []
 
-    def killed_in_two(arguments: tuple[str, ...], *rest: object) -> int:
-        ran.append(arguments[-1].rpartition("/")[2])
-        if len(ran) == 2:
-            raise KeyboardInterrupt
-        return original(arguments, *rest)  # type: ignore[arg-type]
+    class KilledInTwo(StepProcess):
+        def __init__(self, arguments: tuple[str, ...], *rest: object) -> None:
+            ran.append(arguments[-1].rpartition("/")[2])
+            if len(ran) == 2:
+                raise KeyboardInterrupt
+            super().__init__(arguments, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline, "_run_process", killed_in_two)
+    monkeypatch.setattr(pipeline, "StepProcess", KilledInTwo)
     assert main(["pipeline", path, "--from", "one"]) == 130
     assert main(["pipeline", path, "--from", "one"]) == 0
     assert ran == ["one.yaml", "two.yaml", "two.yaml"]
@@ -148,6 +151,69 @@ def test_a_failing_step_stops_the_pipeline_with_its_code(tmp_path: Path, capfd: 
     err = capfd.readouterr().err
     assert "size/gone: no such recipe file" in err and "step one ended with exit code 2" in err
     assert not _state(run_dir)["steps"]["one"]["done"] and "two" not in _state(run_dir)["steps"]
+
+
+LONG = """
+run_dir: {run_dir}
+steps:
+  - {{name: one, command: [cp, size/nano, "${{run_dir}}/one.yaml"]}}
+  - {{name: two, command: [data, synthesize, worked_steps, --out, "${{run_dir}}/x.jsonl", --count, 100000000]}}
+"""
+
+BESIDE = """
+run_dir: {run_dir}
+vars: {{count: 2000}}
+steps:
+  - name: slow
+    beside: true
+    command: [data, synthesize, worked_steps, --out, "${{run_dir}}/slow.jsonl", --count, "${{count}}"]
+    outputs: ["${{run_dir}}/slow.jsonl"]
+  - {{name: quick, command: [cp, size/nano, "${{run_dir}}/quick.yaml"], outputs: ["${{run_dir}}/quick.yaml"]}}
+  - {{name: waits, command: [cp, "${{run_dir}}/quick.yaml", "${{run_dir}}/slow.jsonl.yaml"]}}
+  - {{name: needs, command: [cp, "${{run_dir}}/slow.jsonl", "${{run_dir}}/needs.yaml"]}}
+  - name: after_quick
+    beside: true
+    command: [cp, "${{run_dir}}/quick.yaml", "${{run_dir}}/after_quick.yaml"]
+"""
+
+
+def test_a_step_needs_what_it_names(tmp_path: Path) -> None:
+    path, run_dir = _write(tmp_path, BESIDE)
+    slow, quick, waits, needs, after_quick = read_pipeline(path).steps
+    assert waits.needs(quick) and needs.needs(slow) and after_quick.needs(quick)
+    assert not waits.needs(slow), "slow.jsonl.yaml is another file than slow.jsonl"
+    folder = pipeline.Step("a", (), (str(run_dir / "a"),))
+    for argument, named in (("a/hf", True), ("a", True), ("ab", False), ("a.b", False), ("a-b/c", False)):
+        step = pipeline.Step("b", (f'--x=[{{"path": "{run_dir}/{argument}"}}]',), ())
+        assert step.needs(folder) == named, argument
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_step_runs_beside_the_others_until_one_needs_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path, run_dir = _write(tmp_path, BESIDE)
+    assert main(["pipeline", path]) == 0
+    out = capfd.readouterr().out
+    order = [out.index(text) for text in ("slow, beside", "quick\n$", "waits\n$", "slow: done", "needs\n$")]
+    assert order == sorted(order)
+    assert "2000 records" in (run_dir / "logs" / "slow.log").read_text()
+    state = _state(run_dir)
+    steps = state["steps"]
+    assert state["total_seconds"] == pytest.approx(sum(step["wall_seconds"] for step in steps.values()), abs=0.1)
+    assert steps["slow"]["wall_seconds"] < steps["slow"]["seconds"] - steps["quick"]["seconds"] / 2
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_failure_beside_shows_its_last_lines_and_stops_the_others(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, run_dir = _write(
+        tmp_path, LONG.replace("size/nano", "size/gone").replace("name: one,", "name: one, beside: true,")
+    )
+    assert main(["pipeline", path]) == 2
+    err = capfd.readouterr().err
+    assert "last lines of" in err and "size/gone: no such recipe file" in err and "step one ended with" in err
+    assert not any(step["done"] for step in _state(run_dir)["steps"].values())
+    assert not _children(os.getpid())
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,14 +231,6 @@ def test_outputs_outside_the_run_folder_are_never_removed(tmp_path: Path) -> Non
     step = pipeline.Step("a", ("ls",), (str(outside), str(run_dir / "old"), str(run_dir), str(run_dir / ".." / "..")))
     pipeline._remove_outputs(step, run_dir)
     assert outside.exists() and run_dir.exists() and not (run_dir / "old").exists()
-
-
-LONG = """
-run_dir: {run_dir}
-steps:
-  - {{name: one, command: [cp, size/nano, "${{run_dir}}/one.yaml"]}}
-  - {{name: two, command: [data, synthesize, worked_steps, --out, "${{run_dir}}/x.jsonl", --count, 100000000]}}
-"""
 
 
 def _wait_for(condition, what: str, process: subprocess.Popen | None = None) -> None:  # type: ignore[no-untyped-def]
@@ -247,7 +305,7 @@ def test_a_termination_of_the_pipeline_alone_is_passed_on_at_once(was_told: bool
     waits: list[float] = []
     sent: list[int] = []
 
-    class Step:
+    class Process:
         def wait(self, seconds: float) -> int:
             if not sent:
                 waits.append(seconds)
@@ -256,7 +314,9 @@ def test_a_termination_of_the_pipeline_alone_is_passed_on_at_once(was_told: bool
 
         send_signal = sent.append
 
-    pipeline._stop(Step(), was_told)  # type: ignore[arg-type]
+    step = object.__new__(StepProcess)
+    step.process = Process()  # type: ignore[assignment]
+    step.stop(was_told=was_told)
     assert waits == waited and sent == [signal.SIGINT]
 
 
@@ -286,8 +346,7 @@ def test_memory_of_children_counts() -> None:
     alone = tree_resident_bytes(os.getpid())
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None and child.stdout.readline()
-        memory = PeakMemory()
-        memory.sample()
+        both = tree_resident_bytes(os.getpid())
         child.communicate(b"\n")
-    assert memory.peak_bytes > alone + 150_000_000
+    assert both > alone + 150_000_000
     assert tree_resident_bytes(2**30) == 0
