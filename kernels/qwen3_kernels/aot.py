@@ -92,8 +92,8 @@ def _compile(case: AotCase, generation: int) -> Resources:
         if kind.startswith("*") or aligned:
             attrs[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    options = {"num_warps": case.launch.num_warps, "num_stages": case.launch.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
+    target = GPUTarget("cuda", generation, 32)
+    compiled = triton.compile(source, target=target, options=case.launch.compiler_options())
     ptx = compiled.asm["ptx"]
     registers, spills = _assemble(ptx, generation)
     wgmma = len(re.findall(r"wgmma\.mma_async", ptx))

@@ -19,10 +19,17 @@ class Launch(NamedTuple):
     """Tile sizes and other compile-time integers by their names in the kernel."""
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """Registers a thread may take, where that decides how many blocks share a multiprocessor."""
+
+    def compiler_options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch: ``kernel[grid](..., **launch.options())``."""
-        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.blocks, **self.compiler_options()}
 
 
 class AotCase(NamedTuple):

@@ -15,14 +15,13 @@ from triton.language.extra.cuda import gdc_wait
 from qwen3_kernels.launch import AotCase, Launch
 from qwen3_kernels.router_topk_rows_triton import padded_experts
 
-# Counts of 256 spans at once for E = 128: 64 words a thread, all on their way together.
+# Counts of 256 spans at once for E = 128: 64 words a thread, all on their way together. 128 registers a thread: two
+# blocks on a multiprocessor.
 LAUNCHES = {
-    (gpu, experts): Launch({"SPANS": 32768 // experts, "TILES": tiles}, num_warps=8, num_stages=1)
+    (gpu, experts): Launch({"SPANS": 32768 // experts, "TILES": tiles}, 8, 1, max_registers=128)
     for gpu in (80, 90, 100)
     for experts, tiles in ((128, 2), (256, 2), (512, 2))
 }
-MAX_REGISTERS = 128
-"""Two blocks of eight warps on a multiprocessor."""
 SUM_EXPERTS = 8
 """Experts whose partial sums one program adds up: a sector of memory for each span."""
 

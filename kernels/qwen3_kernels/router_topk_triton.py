@@ -13,11 +13,9 @@ from torch import Tensor
 from qwen3_kernels import router_topk_backward_triton as backward_triton
 from qwen3_kernels.launch import generation
 from qwen3_kernels.router_topk_place_triton import LAUNCHES as PLACE_LAUNCHES
-from qwen3_kernels.router_topk_place_triton import MAX_REGISTERS as PLACE_REGISTERS
 from qwen3_kernels.router_topk_place_triton import SUM_EXPERTS, place_kernel
 from qwen3_kernels.router_topk_rows_triton import padded_experts
 from qwen3_kernels.router_topk_select_triton import LAUNCHES as SELECT_LAUNCHES
-from qwen3_kernels.router_topk_select_triton import MAX_REGISTERS as SELECT_REGISTERS
 from qwen3_kernels.router_topk_select_triton import MAX_SPAN_ROWS, SPANS, padded_slots, select_kernel
 
 MAX_EXPERTS, MAX_TOP_K = 512, 16
@@ -71,7 +69,6 @@ def _route(
             EXPERTS=experts,
             SLOTS=slots,
             PDL=overlap,
-            maxnreg=SELECT_REGISTERS,
             **select.options(),
         )
     place_kernel[(num_spans + triton.cdiv(num_experts, SUM_EXPERTS),)](
@@ -98,7 +95,6 @@ def _route(
         SUM=SUM_EXPERTS,
         PDL=overlap,
         launch_pdl=overlap,
-        maxnreg=PLACE_REGISTERS,
         **place.options(),
     )
     return outputs
