@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen3_lit.data.batch import PackedBatch
-from qwen3_lit.data.chat_template import EncodedSample, encode_conversation, split_turns
+from qwen3_lit.data.chat_template import EncodedSample, encode_conversation, requested_mode, split_turns
 from qwen3_lit.data.packing import Document, LengthLimit, Overlong, pack_in_order, pack_row, plan_epoch
 from qwen3_lit.data.schema import OnBadRecord, read_located_records
 from qwen3_lit.data.text_data_module import TextDataModule
@@ -160,7 +160,9 @@ class ConversationData(TextDataModule):
             UserError: a bad record, or no sample left to train on.
         """
         self.samples, self.held_out_samples = [], []
-        training, held_out = self._split(self.conversations())
+        conversations = self.conversations()
+        self._warn_of_unmarked_modes(conversations)
+        training, held_out = self._split(conversations)
         limit = LengthLimit(self.max_sample_tokens, self.overlong)
         for source, target in ((training, self.samples), (held_out, self.held_out_samples)):
             for conversation in source:
@@ -199,6 +201,23 @@ class ConversationData(TextDataModule):
                 )
             except UserError as error:
                 raise UserError(f"{conversation.where}: {error}") from error
+
+    def _warn_of_unmarked_modes(self, conversations: list[LocatedConversation]) -> None:
+        if self.no_think_prompt == "hard_switch":
+            return
+        modes = {c.record.get("mode") for c in conversations}
+        unmarked = [
+            conversation
+            for conversation in conversations
+            if conversation.record.get("mode") == "no_think" and requested_mode(conversation.record["messages"]) is None
+        ]
+        if unmarked and "think" in modes:
+            log.warning(
+                "%d answers without thinking, the first %s, have a prompt without a flag, and others think after the "
+                "same kind of prompt: which of the two comes is left to chance. FusionData writes flags; "
+                "no_think_prompt: hard_switch puts the empty think block into the prompt",
+                *(len(unmarked), unmarked[0].where),
+            )
 
     def _split(
         self, conversations: list[LocatedConversation]

@@ -66,6 +66,21 @@ def test_mode_is_kept_and_hard_switch_moves_the_empty_block(chat_tokenizer_dir, 
     assert soft.samples[1:] == hard.samples[1:]
 
 
+def test_two_modes_after_prompts_that_do_not_tell_them_apart_are_warned_of(chat_tokenizer_dir, write_jsonl, caplog):
+    def answer(question: str) -> dict:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "a"}]
+        return {"messages": turns, "mode": "no_think"}
+
+    unmarked = write_jsonl("a.jsonl", [record(1, mode="think"), answer("q"), answer("r")])
+    make(chat_tokenizer_dir, unmarked)
+    assert "2 answers without thinking" in caplog.text and "a.jsonl:2" in caplog.text
+    caplog.clear()
+    make(chat_tokenizer_dir, unmarked, no_think_prompt="hard_switch")
+    make(chat_tokenizer_dir, write_jsonl("b.jsonl", [record(1, mode="think"), answer("q /no_think")]))
+    make(chat_tokenizer_dir, write_jsonl("c.jsonl", [answer("q")]))
+    assert "answers without thinking" not in caplog.text
+
+
 def test_batches_depend_on_seed_and_index_alone(chat_tokenizer_dir, write_jsonl):
     path = write_jsonl("a.jsonl", [record(i) for i in range(20)])
     one, two = make(chat_tokenizer_dir, path, seed=3), make(chat_tokenizer_dir, path, seed=3)
