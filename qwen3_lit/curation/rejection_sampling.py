@@ -164,12 +164,14 @@ def _stored_turn(turn: Record) -> Record:
 
 
 def drop_reason(rollout: Rollout) -> str | None:
-    """Why a response cannot be learned from whatever its score: cut, without an answer, or in the wrong mode."""
+    """Why a response cannot be learned from whatever its score: cut, without a clean answer, or in the wrong mode."""
     item = reward_input(rollout)
     if rollout.truncated:
         return "truncated"
     if not item.answer.strip():
         return "no_answer"
+    if "<think>" in item.answer:
+        return "think_tag_in_answer"
     return None if follows_mode(rollout.mode, item.thinking) else "wrong_mode"
 
 

@@ -76,11 +76,12 @@ def test_select_keeps_and_counts(tokenizer: TextTokenizer) -> None:
     cut = rollout(tokenizer, "<think>\n1+2", finish="length")
     silent = rollout(tokenizer, "<think>\n1+2\n</think>\n\n")
     direct = rollout(tokenizer, "<think>\n\n</think>\n\n3")
-    group: Sequence[Rollout] = [long, good, cut, silent, direct, good]
-    scores = [1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
+    opened = rollout(tokenizer, "<think>\n1+2\n3\n</think>\n\n3\n<think>\n\n3")
+    group: Sequence[Rollout] = [long, good, cut, silent, direct, opened, good]
+    scores = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
     kept, dropped = select(group, scores, "correct")
     assert len(kept) == 2
-    assert dropped == {"truncated": 1, "no_answer": 1, "wrong_mode": 1, "wrong_answer": 1}
+    assert dropped == {"truncated": 1, "no_answer": 1, "wrong_mode": 1, "think_tag_in_answer": 1, "wrong_answer": 1}
     kept, dropped = select(group, scores, "best")
     assert [record["messages"][-1]["reasoning_content"] for record in kept] == ["1+2\n3"]
     assert dropped["not_best"] == 2
