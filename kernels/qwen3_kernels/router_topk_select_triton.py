@@ -18,8 +18,8 @@ from qwen3_kernels.router_topk_lists_triton import merge, merged_neighbours, sor
 from qwen3_kernels.router_topk_rows_triton import LN_2, LOG2_E, expert_of_column, load_rows, padded_experts
 
 # A tile holds 8,192 probabilities, 32 a thread: at E = 128 eight warps and 64 tokens, each in four threads. Two blocks
-# of 128 registers a thread fill a multiprocessor, so the 256 spans of T = 32,768 run at once, and each loads its next tile before it looks at
-# this one.
+# of 128 registers a thread fill a multiprocessor, so the 256 spans of T = 32,768 run at once, and each loads its next
+# tile before it looks at this one.
 LAUNCHES = {
     (gpu, experts): Launch({"TOKENS": 8192 // experts, "PARTS": 8, "AHEAD": 1}, 8, 1, max_registers=128)
     for gpu in (80, 90, 100)
