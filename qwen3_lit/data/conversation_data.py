@@ -90,7 +90,8 @@ class ConversationData(TextDataModule):
         batch_tokens: most tokens of a row, which is one micro batch of one rank.
         max_sample_tokens: longest sample; None is batch_tokens.
         overlong: what happens to longer samples: "drop" or "truncate"; both are counted and logged.
-        turns: "each" trains every assistant turn as its own sample, "last" the last turn of each conversation.
+        turns: "each" trains every assistant turn as its own sample, "last" the last turn of each conversation,
+            "answer" every turn after the last user's: the last answer with the tool calls that led to it.
         no_think_prompt: for records with mode no_think: "as_written" trains the empty think block as part of the
             answer; "hard_switch" puts it into the prompt, as enable_thinking=False does.
         epochs: passes over the data; None goes on until the trainer stops.
@@ -109,7 +110,7 @@ class ConversationData(TextDataModule):
         batch_tokens: int = 16384,
         max_sample_tokens: int | None = None,
         overlong: Overlong = "drop",
-        turns: Literal["each", "last"] = "each",
+        turns: Literal["each", "last", "answer"] = "each",
         no_think_prompt: Literal["as_written", "hard_switch"] = "as_written",
         epochs: int | None = None,
         held_out_fraction: float = 0.0,
@@ -128,8 +129,8 @@ class ConversationData(TextDataModule):
             raise UserError(
                 f"data.max_sample_tokens is {max_sample_tokens}, but batch_tokens is {batch_tokens}: raise it"
             )
-        if turns not in ("each", "last"):
-            raise UserError(f"data.turns is {turns!r}, expected 'each' or 'last'")
+        if turns not in ("each", "last", "answer"):
+            raise UserError(f"data.turns is {turns!r}, expected 'each', 'last' or 'answer'")
         self.paths = paths
         self.max_sample_tokens = max_sample_tokens or batch_tokens
         self.overlong: Overlong = overlong
@@ -193,7 +194,12 @@ class ConversationData(TextDataModule):
         record = conversation.record
         mode = record.get("mode")
         thinking = not (mode == "no_think" and self.no_think_prompt == "hard_switch")
-        dialogs = split_turns(record["messages"]) if self.turns == "each" else [record["messages"]]
+        dialogs = split_turns(record["messages"])
+        if self.turns == "last":
+            dialogs = dialogs[-1:]
+        elif self.turns == "answer":
+            asked = max((i for i, m in enumerate(record["messages"]) if m["role"] == "user"), default=-1)
+            dialogs = [messages for messages in dialogs if len(messages) - 1 > asked]
         for messages in dialogs:
             try:
                 yield encode_conversation(

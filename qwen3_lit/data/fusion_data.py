@@ -5,8 +5,8 @@ some thinking samples carry no flag, because thinking is the default; in dialogs
 random and the answer obeys the last one seen; the answer without thinking keeps an empty think block in its target.
 
 Contract: the dialog built for an index is a pure function of (seed, index) and of the records. Every record is the
-trained, last turn of exactly one dialog; earlier turns of a dialog are drawn from the other records or are the record's
-own. The shares of flags are our own choice: none is published.
+trained end of exactly one dialog, its answer with the tool calls that led to it; earlier turns of a dialog are drawn
+from the other records or are the record's own. The shares of flags are our own choice: none is published.
 """
 
 import logging
@@ -85,7 +85,7 @@ class FusionData(ConversationData):
             batch_tokens=batch_tokens,
             max_sample_tokens=max_sample_tokens,
             overlong=overlong,
-            turns="last",
+            turns="answer",
             epochs=epochs,
             held_out_fraction=held_out_fraction,
             on_bad_record=on_bad_record,

@@ -53,6 +53,7 @@ def test_last_turn_only(chat_tokenizer_dir, write_jsonl):
     path = write_jsonl("a.jsonl", [{"messages": [*record(1)["messages"], *record(2)["messages"]]}])
     assert len(make(chat_tokenizer_dir, path).samples) == 2
     assert len(make(chat_tokenizer_dir, path, turns="last").samples) == 1
+    assert len(make(chat_tokenizer_dir, path, turns="answer").samples) == 1
 
 
 def test_mode_is_kept_and_hard_switch_moves_the_empty_block(chat_tokenizer_dir, write_jsonl):

@@ -115,6 +115,31 @@ def test_records_of_several_turns_and_with_tools_keep_their_turns(chat_tokenizer
         assert sum(m["role"] == "system" for m in with_system["messages"]) == 1
 
 
+def test_tool_calls_of_the_answer_are_trained_too(chat_tokenizer_dir, write_jsonl):
+    call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": "1+2"}}}
+    question, answer = {"role": "user", "content": "p9"}, {"role": "assistant", "content": "b9"}
+    loop = [
+        question,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+        answer,
+    ]
+    tool_dialog = {
+        "messages": [*plain(1)["messages"], *loop],
+        "tools": [{"type": "function", "function": {"name": "calculator"}}],
+    }
+    paths = [write_jsonl("t.jsonl", [thinking(0)]), write_jsonl("p.jsonl", [tool_dialog])]
+    data = FusionData(chat_tokenizer_dir, paths[:1], paths[1:], prefetch_batches=0, multi_turn_fraction=0.0)
+    data.setup("fit")
+    trained = [
+        data.tokenizer.decode([i for i, kept in zip(s.token_ids, s.loss_mask, strict=True) if kept])
+        for s in data.samples
+    ]
+    assert "r0" in trained[0] and len(trained) == 3, "the turn before the last question is not trained"
+    assert trained[1].startswith("<think>\n\n</think>\n\n<tool_call>") and '"1+2"' in trained[1]
+    assert "b9" in trained[2] and "<tool_call>" not in trained[2]
+
+
 def test_records_of_the_wrong_kind(chat_tokenizer_dir, write_jsonl, caplog):
     think, no_think = write_jsonl("t.jsonl", [thinking(0), plain(0)]), write_jsonl("p.jsonl", [plain(1)])
     with pytest.raises(UserError, match=r"t\.jsonl:2: field 'messages\[1\]': no reasoning"):
