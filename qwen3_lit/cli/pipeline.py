@@ -171,8 +171,8 @@ class _Scheduler:
                 self.waiting.append(step)
         was_told = False
         try:
-            while self.waiting or self.running:
-                self._start_what_can()
+            self._start_what_can()
+            while self.running:
                 time.sleep(POLL_SECONDS)
                 self._tick()
                 for beside, (step, process) in list(self.running.items()):
@@ -182,6 +182,7 @@ class _Scheduler:
                     self._ended(beside, step, process, code)
                     if code != 0:
                         return _failed(step, process, code)
+                    self._start_what_can()
             return 0
         except KeyboardInterrupt:
             was_told = True
