@@ -2,7 +2,7 @@
 
 Device time is measured by events around one call. Before each call a scratch buffer of 256 MB is read, so that no
 input is left in the cache (50 MB of L2 on an H200, 126 on a B200); overwriting it, as ``triton.testing.do_bench`` does,
-would leave the cache full of lines that the call has to write back: 6 to 9 us of its time on an H200. Then a spin
+would leave the cache full of lines that the call has to write back: 2 to 9 us of its time on an H200. Then a spin
 kernel keeps the device busy for as long as the host needs to enqueue the call, so that launches are hidden unless
 the call waits for the device itself. Both stand outside of the events, and so does what a call needs made anew each
 time, the graph of a backward pass.
