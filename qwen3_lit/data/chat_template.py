@@ -333,6 +333,13 @@ def split_turns(messages: Sequence[Message]) -> list[list[Message]]:
     return [list(messages[: i + 1]) for i, message in enumerate(messages) if message.get("role") == "assistant"]
 
 
+def answer_turns(messages: Sequence[Message]) -> list[list[Message]]:
+    """Those of ``split_turns`` after the last query, which a wrapped tool result is not; all where nobody asked."""
+    dialogs = split_turns(messages)
+    asked = _last_query(messages)
+    return [dialog for dialog in dialogs if len(dialog) - 1 > asked] or dialogs
+
+
 def split_thinking(text: str) -> tuple[str | None, str]:
     """(thinking, answer) of generated text.
 

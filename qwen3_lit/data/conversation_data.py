@@ -1,6 +1,7 @@
 """Dialogs as packed rows: data for supervised fine-tuning and off-policy distillation.
 
-Contract: every conversation becomes one sample for each of its assistant turns (``turns="each"``) or for its last one.
+Contract: every conversation becomes one sample for each of its assistant turns, for its last one, or for those of its
+last answer (``turns``).
 Samples are tokenised once. Each epoch shuffles them by seed and packs them anew (``plan_epoch``), so a batch depends on
 the seed and its index alone. Held-out conversations are chosen by a hash of their messages: the choice does not change
 when more data are added, and two copies of a dialog never end up on both sides.
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen3_lit.data.batch import PackedBatch
-from qwen3_lit.data.chat_template import EncodedSample, encode_conversation, requested_mode, split_turns
+from qwen3_lit.data.chat_template import EncodedSample, answer_turns, encode_conversation, requested_mode, split_turns
 from qwen3_lit.data.packing import Document, LengthLimit, Overlong, pack_in_order, pack_row, plan_epoch
 from qwen3_lit.data.schema import OnBadRecord, read_located_records
 from qwen3_lit.data.text_data_module import TextDataModule
@@ -194,12 +195,9 @@ class ConversationData(TextDataModule):
         record = conversation.record
         mode = record.get("mode")
         thinking = not (mode == "no_think" and self.no_think_prompt == "hard_switch")
-        dialogs = split_turns(record["messages"])
+        dialogs = answer_turns(record["messages"]) if self.turns == "answer" else split_turns(record["messages"])
         if self.turns == "last":
             dialogs = dialogs[-1:]
-        elif self.turns == "answer":
-            asked = max((i for i, m in enumerate(record["messages"]) if m["role"] == "user"), default=-1)
-            dialogs = [messages for messages in dialogs if len(messages) - 1 > asked]
         for messages in dialogs:
             try:
                 yield encode_conversation(

@@ -11,6 +11,7 @@ from qwen3_lit.data.chat_template import (
     CHAT_TEMPLATE,
     EMPTY_THINKING,
     STOP_THINKING,
+    answer_turns,
     encode_conversation,
     join_thinking,
     prompt_ids,
@@ -274,6 +275,22 @@ def test_split_turns_gives_each_turn_its_own_reasoning(chat_tokenizer):
     texts = [trained_text(chat_tokenizer, encode_conversation(chat_tokenizer, d)) for d in dialogs]
     assert texts == ["<think>\none\n</think>\n\na<|im_end|>", "<think>\ntwo\n</think>\n\nb<|im_end|>"]
     assert "one" not in render(dialogs[1])
+
+
+@pytest.mark.parametrize(
+    ("messages", "lengths"),
+    [
+        ([user("a"), said("b"), user("c"), said("call"), {"role": "tool", "content": "1"}, said("d")], [4, 6]),
+        (
+            [user("a"), said("b"), user("c"), said("call"), user("<tool_response>\n1\n</tool_response>"), said("d")],
+            [4, 6],
+        ),
+        ([{"role": "system", "content": "s"}, said("a"), said("b")], [2, 3]),
+    ],
+    ids=["tool", "wrapped_result", "nobody_asked"],
+)
+def test_answer_turns_follow_the_last_query(messages, lengths):
+    assert [len(dialog) for dialog in answer_turns(messages)] == lengths
 
 
 def test_sample_needs_an_assistant_at_the_end(chat_tokenizer):
