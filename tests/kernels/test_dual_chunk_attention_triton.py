@@ -41,7 +41,9 @@ def with_gradients(function, qkv, grad_out):
     return out, *torch.autograd.grad(out, leaves, grad_out)
 
 
-def compare(lengths, chunks=(None, None), *, heads=2, groups=1, width=16, padding=0, tail=0, scale=None):
+def assert_equals_reference(
+    lengths, chunks=(None, None), *, heads=2, groups=1, width=16, padding=0, tail=0, scale=None
+):
     cu_seqlens, num_rows = bounds(lengths, padding, tail)
     qkv = inputs(num_rows, heads, groups, width)
     rest = (cu_seqlens, max(lengths), frequencies(width, 100.0), *chunks, scale)
@@ -68,37 +70,37 @@ def small_tile(monkeypatch):
 @interpreter
 @pytest.mark.parametrize("lengths", [[1], [40, 1, 23]], ids=str)
 def test_plain_attention_and_gradients(lengths, tile, poisoned_empty):
-    compare(lengths, padding=2)
+    assert_equals_reference(lengths, padding=2)
 
 
 @interpreter
 def test_chunks_that_are_no_multiple_of_a_tile(tile, poisoned_empty):
     s = 18
-    compare([1, s - 1, s + 1, 2 * s + 1, 3 * s + 5], (s + 3, 3), padding=1)
+    assert_equals_reference([1, s - 1, s + 1, 2 * s + 1, 3 * s + 5], (s + 3, 3), padding=1)
 
 
 @interpreter
 @pytest.mark.parametrize("length", [15, 16, 17, 33, 48, 49], ids=str)
 def test_lengths_around_chunk_borders(length, small_tile, poisoned_empty):
-    compare([length], (20, 4))
+    assert_equals_reference([length], (20, 4))
 
 
 @interpreter
 @pytest.mark.parametrize("chunk_size, local_size", [(12, 1), (20, 14), (9, 8)])
 def test_short_chunks_and_wide_windows(chunk_size, local_size, small_tile):
-    compare([12 * (chunk_size - local_size) // 4 + 1], (chunk_size, local_size))
+    assert_equals_reference([12 * (chunk_size - local_size) // 4 + 1], (chunk_size, local_size))
 
 
 @interpreter
 @pytest.mark.parametrize("heads, groups, width", [(1, 1, 16), (4, 2, 24), (3, 3, 40)])
 def test_head_counts_and_widths(heads, groups, width, small_tile, poisoned_empty):
-    compare([21, 13], (14, 3), heads=heads, groups=groups, width=width, scale=0.3)
+    assert_equals_reference([21, 13], (14, 3), heads=heads, groups=groups, width=width, scale=0.3)
 
 
 @interpreter
 @pytest.mark.parametrize("chunks", [(None, None), (14, 3)])
 def test_rows_past_the_last_document_are_zero(chunks, small_tile, poisoned_empty):
-    for x in compare([9, 25], chunks, tail=21, padding=1):
+    for x in assert_equals_reference([9, 25], chunks, tail=21, padding=1):
         assert torch.equal(x[34:], torch.zeros_like(x[34:]))
 
 

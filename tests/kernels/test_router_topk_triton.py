@@ -78,7 +78,7 @@ def assert_same(ours, expected, rtol=2e-5, atol=1e-6):
     torch.testing.assert_close(ours[1], expected[1], rtol=1e-4, atol=1e-5)
 
 
-def compare(logits_TE, top_k, **options):
+def assert_equals_reference(logits_TE, top_k, **options):
     upstream = upstream_of(logits_TE, top_k)
     ours = both_ways("triton", logits_TE, top_k, upstream, **options)
     assert_same(ours, both_ways("reference", logits_TE, top_k, upstream, **options))
@@ -92,7 +92,7 @@ def compare(logits_TE, top_k, **options):
 )
 @pytest.mark.usefixtures("poisoned_empty")
 def test_fields_and_gradients_equal_the_reference(tokens, experts, top_k, draw):
-    compare(draw(tokens, experts), top_k)
+    assert_equals_reference(draw(tokens, experts), top_k)
 
 
 @cpu_only
@@ -101,7 +101,9 @@ def test_fields_and_gradients_equal_the_reference(tokens, experts, top_k, draw):
 @pytest.mark.usefixtures("poisoned_empty")
 def test_features_equal_the_reference(features, renormalize):
     logits_TE = torch.randn(41, 60) if "replay" in features else logits_with_ties(41, 60)
-    compare(logits_TE, 6, renormalize=renormalize, **arguments(logits_TE, 6, **dict.fromkeys(features, True)))
+    assert_equals_reference(
+        logits_TE, 6, renormalize=renormalize, **arguments(logits_TE, 6, **dict.fromkeys(features, True))
+    )
 
 
 @cpu_only
@@ -133,7 +135,7 @@ def test_garbage_in_masked_tokens_reaches_nothing():
 def test_a_replayed_expert_may_repeat_or_have_become_impossible():
     logits_TE = torch.randn(5, 8)
     given_TK = torch.tensor([[1, 1], [0, 3], [2, 2], [4, 5], [0, 0]], dtype=torch.uint8)
-    compare(logits_TE, 2, expert_ids_TK=given_TK)
+    assert_equals_reference(logits_TE, 2, expert_ids_TK=given_TK)
     logits_TE[:, 6] = 500.0  # every other probability is 0 in float32
     with implementation("triton"):
         weights_TK = router_topk(logits_TE, 2, expert_ids_TK=given_TK).weights_TK
@@ -159,7 +161,7 @@ def test_more_spans_than_are_read_at_once(monkeypatch, replay):
     """Spans so short that there are ten, eight of which the second launch reads at a time."""
     monkeypatch.setattr(fast, "MAX_SPAN_ROWS", 16)
     logits_TE = logits_with_ties(77, 20)
-    compare(logits_TE, 2, **arguments(logits_TE, 2, mask=True, replay=replay))
+    assert_equals_reference(logits_TE, 2, **arguments(logits_TE, 2, mask=True, replay=replay))
 
 
 @cpu_only
@@ -167,7 +169,7 @@ def test_more_spans_than_are_read_at_once(monkeypatch, replay):
 def test_the_launches_that_ship(monkeypatch, experts):
     monkeypatch.undo()
     logits_TE = logits_with_ties(67, experts)
-    compare(logits_TE, 8, **arguments(logits_TE, 8, mask=True))
+    assert_equals_reference(logits_TE, 8, **arguments(logits_TE, 8, mask=True))
 
 
 @cpu_only
@@ -175,13 +177,13 @@ def test_the_launches_that_ship(monkeypatch, experts):
 def test_other_ways_to_load(monkeypatch, ahead, parts):
     select = Launch({"TOKENS": 8, "PARTS": parts, "AHEAD": ahead}, num_warps=1, num_stages=1)
     monkeypatch.setitem(fast.SELECT_LAUNCHES, (90, 128), select)
-    compare(logits_with_ties(30, 128), 8)
+    assert_equals_reference(logits_with_ties(30, 128), 8)
 
 
 @cpu_only
 def test_peaked_scores_keep_their_order():
     """Scores below 2^-7 of the largest lose bits of their keys, and most of a token's here are far below."""
-    compare(torch.linspace(-300.0, 300.0, 100).repeat(9, 1)[:, torch.randperm(100)], 8)
+    assert_equals_reference(torch.linspace(-300.0, 300.0, 100).repeat(9, 1)[:, torch.randperm(100)], 8)
 
 
 @cpu_only

@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "hf"
 
 
-def refused(folder: Path, *parts: str) -> None:
+def assert_refused(folder: Path, *parts: str) -> None:
     with pytest.raises(UserError) as caught:
         load_hf(folder)
     message = str(caught.value)
@@ -73,28 +73,28 @@ def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
 def test_truncated_weights(folder: Path, kept: float) -> None:
     file = folder / "model.safetensors"
     os.truncate(file, int(file.stat().st_size * kept))
-    refused(folder, "model.safetensors", "truncated")
+    assert_refused(folder, "model.safetensors", "truncated")
 
 
 def test_truncation_names_the_first_key_cut(folder: Path) -> None:
     file = folder / "model.safetensors"
     os.truncate(file, file.stat().st_size - 1)
-    refused(folder, "lm_head.weight is cut off", f"expected {file.stat().st_size + 1}")
+    assert_refused(folder, "lm_head.weight is cut off", f"expected {file.stat().st_size + 1}")
 
 
 def test_missing_key(folder: Path) -> None:
     rewrite(folder, **{"model.layers.1.mlp.experts.2.up_proj.weight": None})
-    refused(folder, str(folder), "model.layers.1.mlp.experts.2.up_proj.weight is missing")
+    assert_refused(folder, str(folder), "model.layers.1.mlp.experts.2.up_proj.weight is missing")
 
 
 def test_missing_head_points_at_tying(folder: Path) -> None:
     rewrite(folder, **{"lm_head.weight": None})
-    refused(folder, "lm_head.weight is missing", "tie_word_embeddings")
+    assert_refused(folder, "lm_head.weight is missing", "tie_word_embeddings")
 
 
 def test_unexpected_key(folder: Path) -> None:
     rewrite(folder, **{"model.layers.0.self_attn.q_proj.bias": torch.zeros(24)})
-    refused(folder, "model.safetensors", "model.layers.0.self_attn.q_proj.bias is unexpected")
+    assert_refused(folder, "model.safetensors", "model.layers.0.self_attn.q_proj.bias is unexpected")
 
 
 def test_old_rotary_buffers_are_no_weights(folder: Path) -> None:
@@ -104,22 +104,22 @@ def test_old_rotary_buffers_are_no_weights(folder: Path) -> None:
 
 def test_wrong_shape(folder: Path) -> None:
     rewrite(folder, **{"model.norm.weight": torch.zeros(17)})
-    refused(folder, "model.safetensors", "model.norm.weight", "[17]", "[16]")
+    assert_refused(folder, "model.safetensors", "model.norm.weight", "[17]", "[16]")
 
 
 def test_quantized_tensor(folder: Path) -> None:
     rewrite(folder, **{"model.norm.weight": torch.zeros(16, dtype=torch.int8)})
-    refused(folder, "model.norm.weight", "I8", "quantized")
+    assert_refused(folder, "model.norm.weight", "I8", "quantized")
 
 
 def test_fewer_layers_in_the_config_than_in_the_weights(folder: Path) -> None:
     edit(folder, num_hidden_layers=1)
-    refused(folder, "model.layers.1.", "is unexpected", "more)")
+    assert_refused(folder, "model.layers.1.", "is unexpected", "more)")
 
 
 def test_tied_config_with_another_head(folder: Path) -> None:
     edit(folder, tie_word_embeddings=True)
-    refused(folder, "lm_head.weight differs", "tie_word_embeddings")
+    assert_refused(folder, "lm_head.weight differs", "tie_word_embeddings")
     tensors = load_file(folder / "model.safetensors")
     rewrite(folder, **{"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
     assert load_hf(folder).config.tie_word_embeddings
@@ -132,18 +132,18 @@ def test_shard_that_the_index_names_is_missing_or_lacks_its_key(tmp_path: Path) 
     index = json.loads(index_file.read_text())
     moved = dict(index["weight_map"], **{"model.embed_tokens.weight": last.name})
     index_file.write_text(json.dumps({**index, "weight_map": moved}))
-    refused(tmp_path, last.name, "model.embed_tokens.weight is missing")
+    assert_refused(tmp_path, last.name, "model.embed_tokens.weight is missing")
     index_file.write_text(json.dumps(index))
     last.unlink()
-    refused(tmp_path, last.name, "missing")
+    assert_refused(tmp_path, last.name, "missing")
     index_file.write_text('{"weight_map": ')
-    refused(tmp_path, "model.safetensors.index.json", "weight_map")
+    assert_refused(tmp_path, "model.safetensors.index.json", "weight_map")
 
 
 @pytest.mark.parametrize("seen", ["qwen2", "qwen2_moe", "llama", "qwen3_next"])
 def test_other_architectures(folder: Path, seen: str) -> None:
     edit(folder, model_type=seen)
-    refused(folder, "config.json", f"'{seen}'", "qwen3 or qwen3_moe")
+    assert_refused(folder, "config.json", f"'{seen}'", "qwen3 or qwen3_moe")
 
 
 @pytest.mark.parametrize(
@@ -169,17 +169,17 @@ def test_other_architectures(folder: Path, seen: str) -> None:
 )
 def test_configs_that_do_not_fit(folder: Path, changes: dict[str, Any], parts: tuple[str, ...]) -> None:
     edit(folder, **changes)
-    refused(folder, "config.json", *parts)
+    assert_refused(folder, "config.json", *parts)
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:
-    refused(tmp_path / "nowhere", "nowhere", "no such folder")
-    refused(tmp_path, "config.json", "missing")
+    assert_refused(tmp_path / "nowhere", "nowhere", "no such folder")
+    assert_refused(tmp_path, "config.json", "missing")
     (tmp_path / "config.json").write_text("{")
-    refused(tmp_path, "config.json", "not valid JSON")
+    assert_refused(tmp_path, "config.json", "not valid JSON")
     (tmp_path / "config.json").write_text("[]")
-    refused(tmp_path, "config.json", "list")
+    assert_refused(tmp_path, "config.json", "list")
     (tmp_path / "config.json").write_text(json.dumps(hf_config_dict(MOE)))
-    refused(tmp_path, "model.safetensors")
+    assert_refused(tmp_path, "model.safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    refused(tmp_path, "save_pretrained")
+    assert_refused(tmp_path, "save_pretrained")
