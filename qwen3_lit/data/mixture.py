@@ -25,13 +25,15 @@ lengths. Any rank, of any number of ranks, computes any slot.
 import bisect
 import hashlib
 import logging
-from collections import OrderedDict
+import math
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from qwen3_lit.data.packing import default_max_documents
 from qwen3_lit.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -168,41 +170,77 @@ class TokenStream:
         return self._ends[epoch]
 
 
-def pack_window(spans: Sequence[Span], slots: int, slot_tokens: int) -> list[list[Span]]:
+def pack_window(spans: Sequence[Span], slots: int, slot_tokens: int, max_pieces: int | None = None) -> list[list[Span]]:
     """Spans of ``slots * slot_tokens`` tokens in all -> ``slots`` lists of exactly ``slot_tokens`` tokens each.
 
     Best-fit, longest first (spans longer than a slot are cut to slots first); what fits nowhere whole is cut to fill
-    the holes. Deterministic.
+    the holes. Where that puts more than ``max_pieces`` pieces into one slot (the short ends of long documents gather in
+    the last one), the window is laid end to end in ``_level_order`` instead: P pieces then give a slot at most
+    2 P / slots + 2 of them. Deterministic.
+
+    Raises:
+        UserError: the pieces are too many for ``max_pieces`` in either way.
     """
     pieces = [
         Span(span.document, at, min(at + slot_tokens, span.stop))
         for span in spans
         for at in range(span.start, span.stop, slot_tokens)
     ]
+    longest_first = [pieces[i] for i in sorted(range(len(pieces)), key=lambda i: (-_size(pieces[i]), i))]
     packed: list[list[Span]] = [[] for _ in range(slots)]
     free = [(slot_tokens, slot) for slot in range(slots)]
     homeless: list[Span] = []
-    for number in sorted(range(len(pieces)), key=lambda i: (pieces[i].start - pieces[i].stop, i)):
-        piece = pieces[number]
-        at = bisect.bisect_left(free, (piece.stop - piece.start, -1))
+    for piece in longest_first:
+        at = bisect.bisect_left(free, (_size(piece), -1))
         if at == len(free):
             homeless.append(piece)
             continue
         room, slot = free.pop(at)
         packed[slot].append(piece)
-        room -= piece.stop - piece.start
+        room -= _size(piece)
         if room:
             bisect.insort(free, (room, slot))
-    for room, slot in reversed(free):
-        while room:
-            piece = homeless.pop(0)
-            taken = min(room, piece.stop - piece.start)
-            packed[slot].append(Span(piece.document, piece.start, piece.start + taken))
-            if taken < piece.stop - piece.start:
-                homeless.insert(0, Span(piece.document, piece.start + taken, piece.stop))
-            room -= taken
-    assert not homeless, "a window holds exactly its slots' tokens"
+    _fill(packed, free[::-1], homeless)
+    if max_pieces is None or max(map(len, packed)) <= max_pieces:
+        return packed
+    packed = [[] for _ in range(slots)]
+    _fill(packed, [(slot_tokens, slot) for slot in range(slots)], _level_order(longest_first))
+    most = max(map(len, packed))
+    if most > max_pieces:
+        raise UserError(
+            f"{len(pieces)} documents in {slots} sequences of {slot_tokens} tokens: up to {most} in one of them, but "
+            f"data.max_documents allows {max_pieces}; raise it, or leave the shortest documents out"
+        )
     return packed
+
+
+def _size(span: Span) -> int:
+    return span.stop - span.start
+
+
+def _fill(packed: list[list[Span]], rooms: Sequence[tuple[int, int]], pieces: Sequence[Span]) -> None:
+    """Put pieces end to end into ``rooms`` of (tokens, slot), which they fill exactly; cut them at the borders."""
+    waiting = deque(pieces)
+    for room, slot in rooms:
+        while room:
+            piece = waiting.popleft()
+            middle = min(piece.start + room, piece.stop)
+            packed[slot].append(piece._replace(stop=middle))
+            if middle < piece.stop:
+                waiting.appendleft(piece._replace(start=middle))
+            room -= middle - piece.start
+    assert not waiting, "a window holds exactly its slots' tokens"
+
+
+def _level_order(longest_first: Sequence[Span]) -> list[Span]:
+    """The pieces in an order whose every stretch has about the mean length: the longest left while the tokens so far
+    are behind the mean, the shortest left while they are ahead of it. So they stray from it by one piece at most."""
+    left, order = deque(longest_first), list[Span]()
+    total, so_far = sum(map(_size, longest_first)), 0
+    while left:
+        order.append(left.pop() if so_far * len(longest_first) > len(order) * total else left.popleft())
+        so_far += _size(order[-1])
+    return order
 
 
 class SourceStream:
@@ -216,6 +254,8 @@ class SourceStream:
             class are not used. Lengths above ``slot_tokens`` count as ``slot_tokens``: such documents are read in
             pieces of that size. A class without documents leaves its share to the others.
         window_slots: slots packed together.
+        max_pieces: most documents or pieces of documents in a slot. Default: one for 32 tokens, at least 16, or four
+            times the mean of the source where that is more.
 
     Raises:
         UserError: no document at all.
@@ -230,6 +270,7 @@ class SourceStream:
         slot_tokens: int,
         buckets: Sequence[LengthBucket] = (),
         window_slots: int = 64,
+        max_pieces: int | None = None,
     ) -> None:
         self._key = derive_key(seed, name)
         self._slot_tokens = slot_tokens
@@ -263,6 +304,16 @@ class SourceStream:
                 "give longer documents or other buckets"
             )
         self._quotas = apportion(fractions, window_slots * slot_tokens)
+        if max_pieces is None:
+            # A document longer than a slot has at most one piece a slot's worth of tokens, and its end.
+            per_slot = 1 + sum(
+                quota / window_slots * stream.num_documents / stream.num_tokens
+                for quota, stream in zip(self._quotas, self._streams, strict=True)
+            )
+            # pack_window promises twice a window's mean; the other two allow for windows of shorter documents.
+            max_pieces = max(default_max_documents(slot_tokens), 4 * math.ceil(per_slot) + 2)
+        self.max_pieces = min(max_pieces, slot_tokens)
+        """Most documents or pieces of documents in a slot."""
 
     @property
     def epoch_tokens(self) -> int:
@@ -286,7 +337,7 @@ class SourceStream:
                 for stream, quota in zip(self._streams, self._quotas, strict=True)
                 for span in stream.spans(window * quota, (window + 1) * quota)
             ]
-            packed = pack_window(spans, self._window_slots, self._slot_tokens)
+            packed = pack_window(spans, self._window_slots, self._slot_tokens, self.max_pieces)
             # Best-fit puts the longest documents first; the order of the slots must not show it.
             key = derive_key(self._key, "window", window)
             order = permute(np.arange(self._window_slots), self._window_slots, key).tolist()

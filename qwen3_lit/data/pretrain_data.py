@@ -56,7 +56,9 @@ class PretrainData(TextDataModule):
         val_tokens: tokens of the held-out rows, over all sources in proportion to their weights; 0 for no validation.
         val_min_tokens: only held-out documents of this length or more.
         seed: decides every order.
-        max_documents: most documents in a row. Default: as many as the shortest document of the sources allows.
+        max_documents: most documents and pieces of documents in a row, shared evenly by its sequences; it fixes the
+            length of cu_seqlens, which attention kernels pay for. Default: one for 32 tokens, at least 16 a sequence,
+            or four times the mean of the sources where that is more.
         prefetch_batches: rows made ahead by a background thread.
         window_slots: sequences packed together; more keeps more documents whole, and costs planning time.
     """
@@ -87,6 +89,11 @@ class PretrainData(TextDataModule):
             raise UserError(
                 f"data.batch_tokens is {batch_tokens}, data.sequence_length {sequence_length}: expected a multiple "
                 "of a length of 2 or more, for rows are made of whole sequences"
+            )
+        if max_documents is not None and max_documents < batch_tokens // sequence_length:
+            raise UserError(
+                f"data.max_documents is {max_documents}: expected {batch_tokens // sequence_length} or more, one for "
+                f"each sequence of {sequence_length} tokens in a row of {batch_tokens}"
             )
         if window_slots < 1 or val_tokens < 0 or val_min_tokens < 0:
             raise UserError(
@@ -123,6 +130,7 @@ class PretrainData(TextDataModule):
         self._corpora = [PreparedCorpus(source.path) for source in self.sources]
         for corpus in self._corpora:
             corpus.check_tokenizer(self.tokenizer)
+        slots, given = self.batch_tokens // self.sequence_length, self._given_max_documents
         self._streams = [
             SourceStream(
                 corpus.lengths,
@@ -131,15 +139,13 @@ class PretrainData(TextDataModule):
                 slot_tokens=self.sequence_length,
                 buckets=self.length_mix,
                 window_slots=self.window_slots,
+                max_pieces=None if given is None else given // slots,
             )
             for source, corpus in zip(self.sources, self._corpora, strict=True)
         ]
         self._held_out = [PreparedCorpus(source.path, "held_out") for source in self.sources]
-        if self._given_max_documents is None:
-            # Each slot can hold, besides whole documents, the end and the start of cut ones on both kinds of borders.
-            shortest = min(int(c.lengths.min()) for c in [*self._corpora, *self._held_out] if not c.is_empty)
-            slots = self.batch_tokens // self.sequence_length
-            self.max_documents = min(self.batch_tokens // shortest + 4 * slots, self.batch_tokens)
+        if given is None:
+            self.max_documents = slots * max(stream.max_pieces for stream in self._streams)
         self._val_rows = self._plan_validation()
         for line in self.describe():
             log.info("%s", line)

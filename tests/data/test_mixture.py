@@ -76,6 +76,33 @@ def test_pack_window_cuts_what_fits_nowhere() -> None:
     assert set(covered.values()) == {1} and len(covered) == 200
 
 
+def test_pack_window_spreads_pieces_that_gather_in_one_slot() -> None:
+    spans = [Span(i, 0, 101) for i in range(31)] + [Span(31, 0, 69)]
+    pieces = 31 * 2 + 1
+    assert max(map(len, pack_window(spans, slots=32, slot_tokens=100))) == 32
+    packed = pack_window(spans, slots=32, slot_tokens=100, max_pieces=2 * pieces // 32 + 2)
+    assert max(map(len, packed)) <= 5 and {sum(s.stop - s.start for s in slot) for slot in packed} == {100}
+    covered = Counter((s.document, at) for slot in packed for s in slot for at in range(s.start, s.stop))
+    assert set(covered.values()) == {1} and len(covered) == 3200
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pack_window_keeps_its_promise_for_any_lengths(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = np.minimum(rng.pareto(0.3 + rng.random(), 400) + 1, 5000).astype(int)
+    slots = -(-int(lengths.sum()) // 128)
+    lengths[0] += slots * 128 - int(lengths.sum())
+    spans = [Span(i, 0, int(n)) for i, n in enumerate(lengths)]
+    pieces = sum(-(-int(n) // 128) for n in lengths)
+    packed = pack_window(spans, slots, 128, max_pieces=2 * pieces // slots + 2)
+    assert {sum(s.stop - s.start for s in slot) for slot in packed} == {128}
+
+
+def test_pack_window_says_when_the_documents_are_too_many() -> None:
+    with pytest.raises(UserError, match="200 documents in 2 sequences of 100 tokens.*allows 50"):
+        pack_window([Span(i, 0, 1) for i in range(200)], slots=2, slot_tokens=100, max_pieces=50)
+
+
 def test_slots_are_full_and_cover_an_epoch_once() -> None:
     lengths = lengths_of(2000, 5, 400)
     stream = SourceStream(lengths, seed=0, name="a", slot_tokens=128, window_slots=16)

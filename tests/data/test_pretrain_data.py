@@ -184,6 +184,24 @@ def test_length_mix(root: Path) -> None:
     assert all(longest[d] > 20 for d in row_documents if d in longest)
 
 
+def test_ends_of_documents_longer_than_a_sequence_fit_the_rows(root: Path, tmp_path: Path) -> None:
+    # Every document leaves a piece of 1 token, and best-fit gathers those of a whole window in one sequence.
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(120):
+        (folder / f"{i}.txt").write_text("".join(rng.choice(list("bcdfghjklmnpqrstvwxz"), size=64)))
+    settings = PrepareSettings(paths=(str(folder),), tokenizer=str(root / "tokenizer"), held_out_fraction=0.2)
+    prepare(settings, tmp_path / "corpus", DocumentReader(), workers=1)
+    data = make_data(
+        root, sources=[SourceConfig(str(tmp_path / "corpus"))], batch_tokens=128, window_slots=64, val_tokens=0
+    )
+    assert set(data.document_lengths().tolist()) == {65}
+    assert data.max_documents == 2 * 16
+    rows = [data.make_batch(index) for index in range(64)]
+    assert all(row.num_tokens == 128 and len(row.cu_seqlens) == 34 for row in rows)
+
+
 def test_wrong_tokenizer_is_refused(root: Path, tmp_path: Path) -> None:
     train_tokenizer(["other words entirely, to be different"], 290, tmp_path / "other")
     with pytest.raises(UserError, match="prepared with another tokenizer"):
@@ -197,6 +215,7 @@ def test_wrong_tokenizer_is_refused(root: Path, tmp_path: Path) -> None:
         ({"sources": []}, "data.sources is empty"),
         ({"length_mix": [LengthBucket(0, 10, 0.5)]}, "add up to 0.5"),
         ({"window_slots": 0}, "data.window_slots 0"),
+        ({"max_documents": 3}, "data.max_documents is 3: expected 4 or more"),
     ],
 )
 def test_bad_settings(root: Path, changes: dict, message: str) -> None:
