@@ -219,38 +219,59 @@ def validate_record(record: Any, kind: Kind, where: str) -> dict[str, Any]:
     return _VALIDATE[kind](record, where)
 
 
+def _row_of(source: str, row: Any, where: str) -> Any:
+    """The row, or the error that its text is not Unicode: JSON can name half a surrogate pair, and no tokenizer takes it.
+
+    Args:
+        source: JSON that the row is a part of; without an escape that can be a half of a pair nothing is searched.
+    """
+    if "\\ud" in source or "\\uD" in source:
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            return UserError(f"{where}: {half} is half a surrogate pair, expected whole characters; fix the record")
+    return row
+
+
+def _jsonl_row(raw: bytes, encoding: str, where: str) -> Any:
+    """What one line holds, or the ``UserError`` that says why it cannot be told."""
+    try:
+        text = raw.decode(encoding)
+        return _row_of(text, json.loads(text), where)
+    except UnicodeDecodeError as error:
+        return UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); re-encode")
+    except json.JSONDecodeError as error:
+        return UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); fix the line")
+    except (ValueError, RecursionError) as error:  # a number of over 4,300 digits, or too many brackets
+        return UserError(f"{where}: JSON that cannot be read ({error}); fix the line")
+
+
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as stream:
             for number, raw in enumerate(stream, start=1):
                 where = f"{path}:{number}"
-                if not raw.strip():
-                    continue
-                try:
-                    yield where, json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-                except UnicodeDecodeError as error:
-                    yield where, UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); re-encode")
-                except json.JSONDecodeError as error:
-                    yield (
-                        where,
-                        UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); fix the line"),
-                    )
+                if raw.strip():
+                    yield where, _jsonl_row(raw, "utf-8-sig" if number == 1 else "utf-8", where)
     except (OSError, EOFError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); JSON lines belong in .jsonl") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if not isinstance(rows, list):
         raise UserError(f"{path}: {type(rows).__name__} at the top, expected a list of records")
     for number, row in enumerate(rows, start=1):
-        yield f"{path}:record {number}", row
+        where = f"{path}:record {number}"
+        yield where, _row_of(text, row, where)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -255,7 +255,8 @@ def read_unit(unit: Unit, reader: FileReader, options: SourceOptions, skipped: C
         return
     for place, row in _read_rows(unit, options, skipped):
         text = row.get(options.text_field) if isinstance(row, dict) else None
-        if isinstance(text, str):
+        half = _half_pair(text) if isinstance(text, str) else ""
+        if isinstance(text, str) and not half:
             if text.strip():
                 yield Document(text, text)
             else:
@@ -266,9 +267,18 @@ def read_unit(unit: Unit, reader: FileReader, options: SourceOptions, skipped: C
             have = f"columns {', '.join(map(str, row))}" if isinstance(row, dict) else type(row).__name__
             seen = f"{type(text).__name__} in it" if isinstance(row, dict) and options.text_field in row else have
             raise UserError(
-                f"{place()}: field {options.text_field!r}: got {seen}, expected a string; fix the row, name the column "
-                "with --text-field, or pass --on-bad-record skip"
+                f"{place()}: field {options.text_field!r}: got {half or seen}, expected a string; fix the row, name "
+                "the column with --text-field, or pass --on-bad-record skip"
             )
+
+
+def _half_pair(text: str) -> str:
+    """What to say of a text that is no Unicode, since JSON can name half a surrogate pair; empty for a sound one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"half a surrogate pair (\\u{ord(text[error.start]):04x})"
+    return ""
 
 
 def _check_unchanged(unit: Unit) -> None:
@@ -317,7 +327,7 @@ def _read_rows(unit: Unit, options: SourceOptions, skipped: Counter[str]) -> Ite
                 continue
             try:
                 yield place, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if options.on_bad_record == "raise":
                     raise UserError(f"{place()}: not JSON ({error}); expected one JSON object a line") from None
                 skipped["bad_record"] += 1
@@ -391,7 +401,8 @@ def sample_texts(
     for shard in make_shards(list_units(paths, reader, options), seed, shard_bytes=1):
         for unit in shard:
             for document in read_unit(unit, reader, options, skipped):
-                yield document.text
-                taken += len(document.text.encode("utf-8", errors="replace"))
+                text = document.text.encode("utf-8", errors="replace")  # docstrings may hold half surrogate pairs
+                yield text.decode("utf-8")
+                taken += len(text)
                 if taken >= max_bytes:
                     return

@@ -191,3 +191,25 @@ def test_unknown_options(write_jsonl):
         list(read_records(path, "text", "ignore"))
     with pytest.raises(UserError, match="here: field 'text'"):
         validate_record({}, "text", "here")
+
+
+UNREADABLE = {
+    "surrogate": (r'{"text": "\ud83d half"}', r"\\ud83d is half a surrogate pair"),
+    "capitals": (r'{"text": "x", "free": {"\uDE00": 1}}', r"\\ude00 is half a surrogate pair"),
+    "digits": ('{"text": "x", "n": ' + "9" * 5000 + "}", "cannot be read"),
+    "nesting": ('{"text": "x", "n": ' + "[" * 200_000 + "]" * 200_000 + "}", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_rows_that_no_one_can_train_on_name_their_line_and_can_be_skipped(name, write_jsonl, caplog):
+    row, message = UNREADABLE[name]
+    whole = r'{"text": "\ud83d\ude00"}'
+    path = write_jsonl("a.jsonl", [whole, row])
+    with pytest.raises(UserError, match=rf"a\.jsonl:2: .*{message}"):
+        list(read_records(path, "text"))
+    assert list(read_records(path, "text", "skip")) == [{"text": "\U0001f600"}]
+    assert "skipped 1 of 2" in caplog.text
+    listed = write_jsonl("a.json", [f"[{whole},{row}]"])
+    with pytest.raises(UserError, match=rf"a\.json.*{message}"):
+        list(read_records(listed, "text"))

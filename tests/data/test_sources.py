@@ -72,6 +72,37 @@ def test_broken_json_names_the_line(tmp_path: Path) -> None:
         read_all([str(path)])
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (r'{"text": "half \ud83d"}', r"field 'text': got half a surrogate pair \(\\ud83d\), expected a string"),
+        ('{"text": "x", "n": ' + "[" * 200_000 + "]" * 200_000 + "}", "not JSON"),
+    ],
+)
+def test_rows_that_no_tokenizer_takes_are_bad_records(tmp_path: Path, row: str, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n' + row + "\n")
+    for read in (read_all, lambda paths: list(sample_texts(paths, READER, SourceOptions(), max_bytes=10**6))):
+        with pytest.raises(UserError, match=rf"a\.jsonl:2: {message}"):
+            read([str(path)])
+    skip = SourceOptions(on_bad_record="skip")
+    assert list(sample_texts([str(path)], READER, skip, max_bytes=10**6)) == ["fine"]
+
+
+def test_sampled_docstrings_are_unicode(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+
+    class Reader:
+        def accepts(self, path: Path) -> bool:
+            return True
+
+        def read(self, path: Path, part: str = "text") -> list[str]:
+            return ["a docstring that names \ud83d"]
+
+    (text,) = sample_texts([str(tmp_path)], Reader(), SourceOptions(), max_bytes=10**6)
+    assert text == "a docstring that names ?"
+
+
 def test_gzip_and_parquet(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
