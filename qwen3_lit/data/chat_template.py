@@ -157,14 +157,19 @@ def _text_of(message: Message, index: int) -> str:
     return content
 
 
+def is_query(message: Message) -> bool:
+    """Whether a turn is the user's own: a tool result that is wrapped in a user turn is not."""
+    content = message.get("content")
+    if message.get("role") != "user" or not isinstance(content, str):
+        return False
+    return not (content.startswith("<tool_response>") and content.endswith("</tool_response>"))
+
+
 def _last_query(messages: Sequence[Message]) -> int:
-    """Index of the last user turn that is not a wrapped tool result; the last message where there is none."""
+    """Index of the last query; the last message where there is none."""
     for index in range(len(messages) - 1, -1, -1):
-        content = messages[index].get("content")
-        if messages[index].get("role") == "user" and isinstance(content, str):
-            wraps_result = content.startswith("<tool_response>") and content.endswith("</tool_response>")
-            if not wraps_result:
-                return index
+        if is_query(messages[index]):
+            return index
     return len(messages) - 1
 
 

@@ -3,8 +3,8 @@
 Contract: every conversation becomes one sample for each of its assistant turns, for its last one, or for those of its
 last answer (``turns``).
 Samples are tokenised once. Each epoch shuffles them by seed and packs them anew (``plan_epoch``), so a batch depends on
-the seed and its index alone. Held-out conversations are chosen by a hash of their messages: the choice does not change
-when more data are added, and two copies of a dialog never end up on both sides.
+the seed and its index alone. Held-out conversations are chosen by a hash of what was asked (``asked_turns``): the
+choice does not change when more data are added, and two answers to a question never end up on both sides.
 """
 
 import hashlib
@@ -12,13 +12,20 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from qwen3_lit.data.batch import PackedBatch
-from qwen3_lit.data.chat_template import EncodedSample, answer_turns, encode_conversation, requested_mode, split_turns
+from qwen3_lit.data.chat_template import (
+    EncodedSample,
+    answer_turns,
+    encode_conversation,
+    is_query,
+    requested_mode,
+    split_turns,
+)
 from qwen3_lit.data.packing import Document, LengthLimit, Overlong, pack_in_order, pack_row, plan_epoch
 from qwen3_lit.data.schema import OnBadRecord, read_located_records
 from qwen3_lit.data.text_data_module import TextDataModule
@@ -33,12 +40,19 @@ class LocatedConversation:
 
     where: str
     record: dict[str, Any]
+    held_out: bool = False
+    """Kept for validation."""
 
 
 def fraction_of(value: Any, seed: int) -> float:
     """A number in [0, 1) that depends on the value's JSON and the seed alone."""
     text = json.dumps([seed, value], sort_keys=True, ensure_ascii=False, default=str)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def asked_turns(messages: list[dict[str, Any]]) -> list[list[Any]]:
+    """Role and content of the system and user turns: alike for all answers to a question, whatever tools returned."""
+    return [[m["role"], m.get("content")] for m in messages if m["role"] == "system" or is_query(m)]
 
 
 def read_all(paths: list[str], on_bad_record: OnBadRecord) -> list[LocatedConversation]:
@@ -96,7 +110,7 @@ class ConversationData(TextDataModule):
         no_think_prompt: for records with mode no_think: "as_written" trains the empty think block as part of the
             answer; "hard_switch" puts it into the prompt, as enable_thinking=False does.
         epochs: passes over the data; None goes on until the trainer stops.
-        held_out_fraction: share of the conversations kept for validation.
+        held_out_fraction: share of the questions kept for validation, with all their answers.
         on_bad_record: "raise" stops at a bad record, "skip" counts and leaves it out.
         seed: decides every order.
         pad_rows: pad rows to exactly batch_tokens.
@@ -153,7 +167,14 @@ class ConversationData(TextDataModule):
 
     def conversations(self) -> list[LocatedConversation]:
         """The conversations to train on and to hold out, in a fixed order. Subclasses may build them."""
-        return read_all(self.paths, self.on_bad_record)
+        return [
+            replace(conversation, held_out=self.is_held_out(conversation.record))
+            for conversation in read_all(self.paths, self.on_bad_record)
+        ]
+
+    def is_held_out(self, record: dict[str, Any]) -> bool:
+        """The side that a record belongs to, as it was read."""
+        return fraction_of(asked_turns(record["messages"]), self.seed) < self.held_out_fraction
 
     def load_data(self) -> None:
         """Read, split, tokenise and limit all conversations.
@@ -226,14 +247,9 @@ class ConversationData(TextDataModule):
     def _split(
         self, conversations: list[LocatedConversation]
     ) -> tuple[list[LocatedConversation], list[LocatedConversation]]:
-        if self.held_out_fraction == 0.0:
-            return conversations, []
-        training: list[LocatedConversation] = []
-        held_out: list[LocatedConversation] = []
-        for conversation in conversations:
-            is_held_out = fraction_of(conversation.record["messages"], self.seed) < self.held_out_fraction
-            (held_out if is_held_out else training).append(conversation)
-        if not held_out:
+        held_out = [conversation for conversation in conversations if conversation.held_out]
+        training = [conversation for conversation in conversations if not conversation.held_out]
+        if self.held_out_fraction > 0.0 and not held_out:
             log.warning(
                 "held_out_fraction %g of %d conversations holds none out: there is no validation",
                 *(self.held_out_fraction, len(conversations)),

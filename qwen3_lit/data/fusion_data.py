@@ -4,17 +4,21 @@ Source: Qwen3 Technical Report, section 4.3. ``/think`` and ``/no_think`` stand 
 some thinking samples carry no flag, because thinking is the default; in dialogs of several turns flags are inserted at
 random and the answer obeys the last one seen; the answer without thinking keeps an empty think block in its target.
 
-Contract: the dialog built for an index is a pure function of (seed, index) and of the records. Every record is the
-trained end of exactly one dialog, its answer with the tool calls that led to it; earlier turns of a dialog are drawn
-from the other records or are the record's own. The shares of flags are our own choice: none is published.
+Contract: the dialog built for a record is a pure function of the seed, the record and the set of the others, not of
+their order. Every record is the trained end of exactly one dialog, its answer with the tool calls that led to it;
+earlier turns of a dialog are drawn from the other records of its side, training or held out, or are the record's own.
+The shares of flags are our own choice: none is published.
 """
 
+import bisect
 import logging
 import random
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from qwen3_lit.data.chat_template import requested_mode, split_thinking
-from qwen3_lit.data.conversation_data import ConversationData, LocatedConversation, read_all
+from qwen3_lit.data.chat_template import answer_turns, is_query, requested_mode, split_thinking
+from qwen3_lit.data.conversation_data import ConversationData, LocatedConversation, fraction_of, read_all
 from qwen3_lit.data.packing import Overlong, seeded_random
 from qwen3_lit.data.schema import OnBadRecord
 from qwen3_lit.errors import UserError
@@ -29,7 +33,11 @@ def add_flag(content: str, mode: str) -> str:
     return f"{content} {FLAGS[mode]}" if content else FLAGS[mode]
 
 
-def has_reasoning(message: dict[str, Any]) -> bool:
+def _key_of(keyed: tuple[float, Any]) -> float:
+    return keyed[0]
+
+
+def has_reasoning(message: Mapping[str, Any]) -> bool:
     """Whether an assistant turn holds thinking that is not empty."""
     if isinstance(message.get("reasoning_content"), str):
         return bool(message["reasoning_content"].strip())
@@ -41,8 +49,9 @@ class FusionData(ConversationData):
 
     Args:
         tokenizer_path: tokenizer folder (any Hugging Face one with Qwen3's chat tokens).
-        thinking_paths: conversations whose last turn has reasoning (reasoning_content or an inline think block).
-        non_thinking_paths: conversations whose last turn has none.
+        thinking_paths: conversations whose last answer has reasoning (reasoning_content or an inline think block), in
+            the turns that call tools too.
+        non_thinking_paths: conversations whose last answer has none.
         system_flag_fraction: share of the dialogs whose flag stands in the system message instead of a user turn.
         unflagged_fraction: share of the thinking dialogs without any flag.
         multi_turn_fraction: share of the one-question records that get earlier turns from other records.
@@ -51,7 +60,7 @@ class FusionData(ConversationData):
         max_sample_tokens: longest sample; None is batch_tokens.
         overlong: what happens to longer samples: "drop" or "truncate"; both are counted and logged.
         epochs: passes over the data; None goes on until the trainer stops.
-        held_out_fraction: share of the dialogs kept for validation.
+        held_out_fraction: share of the questions kept for validation, with all their answers.
         on_bad_record: "raise" stops at a bad record, "skip" counts and leaves it out.
         seed: decides the flags, the dialogs and every order.
         pad_rows: pad rows to exactly batch_tokens.
@@ -124,27 +133,32 @@ class FusionData(ConversationData):
             *self._read_mode(self.thinking_paths, "think"),
             *self._read_mode(self.non_thinking_paths, "no_think"),
         ]
-        self._single_turn = [i for i, c in enumerate(records) if self._is_single_turn(c.record)]
-        return [
-            LocatedConversation(records[i].where, self.build_dialog(records, i, seeded_random(self.seed, "fusion", i)))
-            for i in range(len(records))
-        ]
+        keyed = [(fraction_of(c.record["messages"], self.seed), c) for c in records]
+        single = sorted(((key, c) for key, c in keyed if self._is_single_turn(c.record)), key=_key_of)
+        sides = {side: [(key, c.record) for key, c in single if c.held_out == side] for side in (False, True)}
+        return [replace(c, record=self.build_dialog(c.record, key, sides[c.held_out])) for key, c in keyed]
 
-    def build_dialog(self, records: list[LocatedConversation], index: int, rng: random.Random) -> dict[str, Any]:
-        """The dialog whose last turn is the answer of ``records[index]``.
+    def build_dialog(
+        self, record: dict[str, Any], key: float, others: list[tuple[float, dict[str, Any]]]
+    ) -> dict[str, Any]:
+        """The dialog whose last turn is the answer of ``record``.
+
+        Args:
+            key: the record's own key among ``others``; with the seed it decides all that is drawn.
+            others: key and record of each one-question record that earlier turns may come from, by rising keys.
 
         Returns:
             a conversation record with ``mode`` set; ``requested_mode`` of its prompt is that mode, or None in a
             thinking dialog without flags.
         """
-        record = records[index].record
+        rng = seeded_random(self.seed, "fusion", repr(key))
         mode = record["mode"]
         messages = [dict(m) for m in record["messages"]]
         system = [messages.pop(0)] if messages[0]["role"] == "system" else []
         drawn = rng.random(), rng.random(), rng.random()
-        if self._is_single_turn(record) and drawn[0] < self.multi_turn_fraction and len(self._single_turn) > 1:
-            messages = self._earlier_turns(records, index, rng) + messages
-        users = [i for i, m in enumerate(messages) if m["role"] == "user"]
+        if self._is_single_turn(record) and drawn[0] < self.multi_turn_fraction:
+            messages = self._earlier_turns(key, others, rng) + messages
+        users = [i for i, m in enumerate(messages) if is_query(m)]
         if mode == "think" and drawn[1] < self.unflagged_fraction:
             return record | {"messages": system + messages}
         if not users or drawn[2] < self.system_flag_fraction:
@@ -164,14 +178,18 @@ class FusionData(ConversationData):
         return record | {"messages": system + messages}
 
     def _earlier_turns(
-        self, records: list[LocatedConversation], index: int, rng: random.Random
+        self, key: float, others: list[tuple[float, dict[str, Any]]], rng: random.Random
     ) -> list[dict[str, Any]]:
+        """Turns of records other than the one with ``key``: those whose keys are the next ones after random numbers, so
+        that one more record takes the place of others in few dialogs."""
         turns: list[dict[str, Any]] = []
+        if others[0][0] == key == others[-1][0]:
+            return turns
         for _ in range(rng.randint(1, self.max_extra_turns)):
-            other = rng.choice(self._single_turn)
-            while other == index:
-                other = rng.choice(self._single_turn)
-            turns += [dict(m) for m in records[other].record["messages"] if m["role"] != "system"]
+            at = bisect.bisect_left(others, rng.random(), key=_key_of)
+            while others[at % len(others)][0] == key:
+                at += 1
+            turns += [dict(m) for m in others[at % len(others)][1]["messages"] if m["role"] != "system"]
         return turns
 
     @staticmethod
@@ -198,17 +216,19 @@ class FusionData(ConversationData):
 
     def _checked(self, conversation: LocatedConversation, mode: str) -> LocatedConversation:
         messages = conversation.record["messages"]
-        where = f"{conversation.where}: field 'messages[{len(messages) - 1}]'"
-        if mode == "think" and not has_reasoning(messages[-1]):
-            raise UserError(
-                f"{where}: no reasoning, but the file is among thinking_paths; move it to non_thinking_paths"
-            )
-        if mode == "no_think" and has_reasoning(messages[-1]):
-            raise UserError(
-                f"{where}: has reasoning, but the file is among non_thinking_paths; move it to thinking_paths"
-            )
+        for turn in answer_turns(messages):
+            where = f"{conversation.where}: field 'messages[{len(turn) - 1}]'"
+            if mode == "think" and not has_reasoning(turn[-1]):
+                raise UserError(
+                    f"{where}: no reasoning, but the file is among thinking_paths; move it to non_thinking_paths"
+                )
+            if mode == "no_think" and has_reasoning(turn[-1]):
+                raise UserError(
+                    f"{where}: has reasoning, but the file is among non_thinking_paths; move it to thinking_paths"
+                )
         if requested_mode(messages) is not None:
             raise UserError(
                 f"{conversation.where}: field 'messages': has a mode flag already; FusionData writes the flags"
             )
-        return LocatedConversation(conversation.where, conversation.record | {"mode": mode})
+        record = conversation.record
+        return replace(conversation, record=record | {"mode": mode}, held_out=self.is_held_out(record))

@@ -220,7 +220,7 @@ def validate_record(record: Any, kind: Kind, where: str) -> dict[str, Any]:
 
 
 def _row_of(source: str, row: Any, where: str) -> Any:
-    """The row, or the error that its text is not Unicode: JSON can name half a surrogate pair, and no tokenizer takes it.
+    """The row, or the error that its text is no Unicode: JSON can name half a surrogate pair, which cannot be encoded.
 
     Args:
         source: JSON that the row is a part of; without an escape that can be a half of a pair nothing is searched.

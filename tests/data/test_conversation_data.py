@@ -107,6 +107,27 @@ def test_held_out_dialogs_are_never_trained(chat_tokenizer_dir, write_jsonl):
     assert 0.2 < sum(fraction_of(i, 0) < 0.25 for i in range(2000)) / 2000 < 0.3
 
 
+def test_answers_to_one_question_are_on_one_side(chat_tokenizer_dir, write_jsonl):
+    def dialog(i: int, answer: int, system: str = "s", wrapped: bool = False) -> dict:
+        result = {"role": "tool", "content": f"t{answer}"}
+        if wrapped:
+            result = {"role": "user", "content": f"<tool_response>\nt{answer}\n</tool_response>"}
+        call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": answer}}]}
+        asked = [{"role": "system", "content": system}, {"role": "user", "content": f"q{i}"}]
+        return {"messages": [*asked, call, result, {"role": "assistant", "content": f"a{answer}"}]}
+
+    dialogs = [dialog(i, answer, wrapped=bool(answer % 2)) for i in range(40) for answer in range(4)]
+    data = make(chat_tokenizer_dir, write_jsonl("a.jsonl", dialogs), held_out_fraction=0.25, turns="last")
+    text = [[data.tokenizer.decode(s.token_ids) for s in side] for side in (data.samples, data.held_out_samples)]
+    questions = [{t.split("q")[1].split("<")[0] for t in side} for side in text]
+    assert len(questions[0] | questions[1]) == 40 and questions[1] and not questions[0] & questions[1]
+    assert len(text[1]) == 4 * len(questions[1])
+    rows = [dialog(i, 0, "other") for i in range(40)]
+    other = make(chat_tokenizer_dir, write_jsonl("b.jsonl", rows), held_out_fraction=0.25, turns="last")
+    held_out = {data.tokenizer.decode(s.token_ids).split("q")[1].split("<")[0] for s in other.held_out_samples}
+    assert held_out != questions[1], "another system message makes another question"
+
+
 def test_overlong_samples_are_counted(chat_tokenizer_dir, write_jsonl, caplog):
     path = write_jsonl("a.jsonl", [record(1), {"messages": [*record(2)["messages"][:1], {**record(3)["messages"][1]}]}])
     long = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "long " * 200}]}

@@ -90,6 +90,31 @@ def test_dialogs_are_a_function_of_seed_and_index(make):
     assert dialogs(make(seed=1)) != dialogs(make(seed=2))
 
 
+def test_held_out_questions_are_in_no_dialog_that_is_trained(chat_tokenizer_dir, write_jsonl):
+    question = [{"role": "user", "content": f"q{i}"} for i in range(60)]
+    think = [{"messages": [q, thinking(n)["messages"][1]]} for n, q in enumerate(question * 4)]
+    no_think = [{"messages": [q, plain(n)["messages"][1]]} for n, q in enumerate(question * 4)]
+    paths = write_jsonl("t.jsonl", think), write_jsonl("p.jsonl", no_think)
+    data = FusionData(chat_tokenizer_dir, [paths[0]], [paths[1]], held_out_fraction=0.2, multi_turn_fraction=1.0)
+    asked = {False: set(), True: set()}
+    for conversation in data.conversations():
+        users = [m["content"].split()[0] for m in conversation.record["messages"] if m["role"] == "user"]
+        asked[conversation.held_out] |= set(users)
+        assert len(users) > 1
+    assert asked[True] and not asked[True] & asked[False] and len(asked[True] | asked[False]) == 60
+
+
+def test_one_more_record_changes_few_dialogs(chat_tokenizer_dir, write_jsonl):
+    def built(name: str, records: list[dict]) -> dict[str, dict]:
+        paths = write_jsonl(f"t{name}", records), write_jsonl(f"p{name}", [plain(i) for i in range(100)])
+        data = FusionData(chat_tokenizer_dir, [paths[0]], [paths[1]], multi_turn_fraction=0.5)
+        return {r["messages"][-1]["content"]: r for r in dialogs(data)}
+
+    records = [thinking(i) for i in range(100)]
+    before, after = built("1.jsonl", records), built("2.jsonl", [thinking(999), *records])
+    assert sum(before[answer] != after[answer] for answer in before) <= 10
+
+
 def test_targets_keep_the_think_block_of_their_mode(make):
     data = make()
     data.setup("fit")
@@ -138,6 +163,42 @@ def test_tool_calls_of_the_answer_are_trained_too(chat_tokenizer_dir, write_json
     assert "r0" in trained[0] and len(trained) == 3, "the turn before the last question is not trained"
     assert trained[1].startswith("<think>\n\n</think>\n\n<tool_call>") and '"1+2"' in trained[1]
     assert "b9" in trained[2] and "<tool_call>" not in trained[2]
+
+
+def test_tool_results_in_user_turns_are_no_questions(chat_tokenizer_dir, write_jsonl):
+    call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": "1+2"}}}
+    result = "<tool_response>\n3\n</tool_response>"
+    loop = [
+        {"role": "user", "content": "p9"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "user", "content": result},
+        {"role": "assistant", "content": "b9"},
+    ]
+    tools = [{"type": "function", "function": {"name": "calculator"}}]
+    paths = [write_jsonl("t.jsonl", [thinking(0)]), write_jsonl("p.jsonl", [{"messages": loop, "tools": tools}])]
+    for seed in range(8):
+        data = FusionData(chat_tokenizer_dir, paths[:1], paths[1:], seed=seed, prefetch_batches=0)
+        data.setup("fit")
+        (_, record) = dialogs(data)
+        users = [m["content"] for m in record["messages"] if m["role"] == "user"]
+        assert users[-1] == result and requested_mode(record["messages"]) == "no_think"
+        assert len(data.samples) == 3, "the call is trained too"
+
+
+@pytest.mark.parametrize("mode", ["think", "no_think"])
+def test_turns_that_call_tools_are_of_the_mode_too(mode, chat_tokenizer_dir, write_jsonl):
+    reasoning = {"reasoning_content": "r"}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    answer = {"role": "assistant", "content": "b"}
+    call, answer = (call, answer | reasoning) if mode == "think" else (call | reasoning, answer)
+    user, result = {"role": "user", "content": "u"}, {"role": "tool", "content": "3"}
+    record = {"messages": [user, call, result, answer]}
+    good = thinking(0) if mode == "think" else plain(0)
+    paths = {"think": [thinking(1)], "no_think": [plain(1)]} | {mode: [good, record]}
+    data = FusionData(chat_tokenizer_dir, *([write_jsonl(f"{name}.jsonl", rows)] for name, rows in paths.items()))
+    expected = "no reasoning" if mode == "think" else "has reasoning"
+    with pytest.raises(UserError, match=rf"{mode}\.jsonl:2: field 'messages\[1\]': {expected}"):
+        data.conversations()
 
 
 def test_records_of_the_wrong_kind(chat_tokenizer_dir, write_jsonl, caplog):
