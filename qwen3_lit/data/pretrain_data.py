@@ -156,33 +156,34 @@ class PretrainData(TextDataModule):
         spans: list[tuple[int, Span]] = []
         for source, ordinal in self._mixture(index, 0, 1, slots):
             spans += [(source, span) for span in self._streams[source].slot(ordinal)]
-        return self._row(spans, self._corpora, pad=False)
+        return self._row(spans, self._corpora, self.batch_tokens, pad=False)
 
     def make_val_batch(self, index: int) -> PackedBatch:
         """Held-out row ``index``, padded to ``batch_tokens``."""
-        return self._row(self._val_rows[index], self._held_out, pad=True)
+        return self._row(self._val_rows[index], self._held_out, self.batch_tokens, pad=True)
 
     def num_val_batches(self) -> int:
         """Held-out rows within ``val_tokens``."""
         return len(self._val_rows)
 
     def long_val_batches(self, length: int) -> list[PackedBatch]:
-        """Held-out rows of ``length`` tokens, one document each, from documents at least that long.
+        """Held-out rows of exactly ``length`` tokens, each one piece of one document, without padding.
+
+        Each source gives rows for its share of ``val_tokens``, one at least, as far as it has such documents.
 
         Raises:
-            UserError: no source has such a document.
+            UserError: no source has a held-out document of ``length`` tokens.
         """
-        sibling = PretrainData(
-            self.tokenizer_path,
-            self.sources,
-            sequence_length=length,
-            batch_tokens=length,
-            val_tokens=max(self.val_tokens, length * len(self.sources)),
-            val_min_tokens=length,
-            seed=self.seed,
-        )
-        sibling.ensure_loaded()
-        rows = [sibling.make_val_batch(index) for index in range(sibling.num_val_batches())]
+        self.ensure_loaded()
+        rows: list[PackedBatch] = []
+        for source, (corpus, share) in enumerate(zip(self._held_out, self._mixture.shares, strict=True)):
+            wanted = max(int(share * self.val_tokens) // length, 1)
+            spans = [
+                Span(document, start, start + length)
+                for document in np.flatnonzero(corpus.lengths >= length)[:wanted].tolist()
+                for start in range(0, int(corpus.lengths[document]) - length + 1, length)
+            ]
+            rows += [self._row([(source, span)], self._held_out, length, pad=False) for span in spans[:wanted]]
         if not rows:
             raise UserError(
                 f"data.sources: no held-out document of {length} tokens or more; "
@@ -227,7 +228,9 @@ class PretrainData(TextDataModule):
 
     # ---- rows
 
-    def _row(self, spans: list[tuple[int, Span]], corpora: list[PreparedCorpus], pad: bool) -> PackedBatch:
+    def _row(
+        self, spans: list[tuple[int, Span]], corpora: list[PreparedCorpus], batch_tokens: int, pad: bool
+    ) -> PackedBatch:
         documents: list[Document] = []
         following: list[int | None] = []
         for source, span in spans:
@@ -237,7 +240,7 @@ class PretrainData(TextDataModule):
             documents.append(Document(cast(Sequence[int], ids[:length])))
         row = pack_row(
             documents,
-            batch_tokens=self.batch_tokens,
+            batch_tokens=batch_tokens,
             max_documents=self.max_documents,
             pad_rows=pad,
             pad_token_id=self.tokenizer.end_of_text_id,

@@ -172,6 +172,22 @@ def test_held_out_minimum_length(root: Path) -> None:
     assert sum(map(len, long)) - len(long) <= tokens <= sum(map(len, long))
 
 
+@pytest.mark.parametrize(("length", "val_tokens"), [(40, 100_000), (30, 600), (60, 0)])
+def test_long_held_out_rows_are_one_piece_of_one_document(root: Path, length: int, val_tokens: int) -> None:
+    data = make_data(root, val_tokens=val_tokens)
+    rows = data.long_val_batches(length)
+    expected = []
+    for name, share in (("one", 0.75), ("two", 0.25)):
+        corpus = PreparedCorpus(str(root / name), "held_out")
+        documents = [corpus.read(i).tolist() for i in range(len(corpus.lengths))]
+        pieces = [d[at : at + length] for d in documents for at in range(0, len(d) - length + 1, length)]
+        expected += pieces[: max(int(share * val_tokens) // length, 1)]
+    assert [row.token_ids_T.tolist() for row in rows] == expected
+    assert all(row.document_spans() == [(0, length)] for row in rows)
+    with pytest.raises(UserError, match="no held-out document of 100000 tokens"):
+        data.long_val_batches(100_000)
+
+
 def test_length_mix(root: Path) -> None:
     data = make_data(root, length_mix=[LengthBucket(48, None, 0.75), LengthBucket(20, 48, 0.25)])
     longest = {tuple(d[:20]): len(d) for d in documents_of(root, "train")}
