@@ -156,9 +156,12 @@ def _script(character: str) -> str:
 
 
 def script_shares(text: str) -> dict[str, float]:
-    """Share of the letters in each writing system; Latin runs of one or two letters (variables) are left out."""
+    """Share of the letters in each writing system; Latin runs of one or two letters (variables) are left out.
+
+    Signs that stand for letters count as those: the R of the real numbers, the n of an exponent, the mu of micro.
+    """
     counts: Counter[str] = Counter()
-    for run in re.findall(r"[^\W\d_]+", text):
+    for run in re.findall(r"[^\W\d_]+", unicodedata.normalize("NFKC", text)):
         scripts = [_script(character) for character in run if character.isalpha()]
         if len(run) < 3 and set(scripts) == {"LATIN"}:
             continue

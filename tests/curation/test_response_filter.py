@@ -75,6 +75,13 @@ def test_guessing_by_length_and_by_missing_answer() -> None:
         ("四十七加三十八是多少?", "First we add the units and then we add the tens", "language_mixing"),
         ("東京の人口は?", "とうきょうの人口を考える", None),
         ("5 + 5 =", "five and five", None),
+        ("What is 2 * 2^n?", "2 · 2ⁿ = 2ⁿ⁺¹, so 2ⁿ⁺¹", None),
+        ("Solve x.", "x ∈ ℝ, n ∈ ℕ, z ∈ ℤ, 𝑥 = 𝛼", None),
+        ("How heavy is it?", "It is 5 µg, or 5 μg.", None),
+        ("東京の人口は?", "ﾄｳｷｮｳの人口を考える", None),
+        ("四十七加三十八是多少?", "我们有 x ∈ ℝ 和 2ⁿ", None),
+        ("What is 47 + 38?", "First the units, 𝑥 затем the tens.", "language_mixing"),
+        ("四十七加三十八是多少?", "Ｆｉｒｓｔ we add the units and then the tens", "language_mixing"),
     ],
 )
 def test_language(query: str, thinking: str, reason: str | None) -> None:
