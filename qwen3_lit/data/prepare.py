@@ -38,7 +38,15 @@ from filelock import FileLock, Timeout
 from qwen3_lit.data.atomic_files import new_folder, save_array, write_text
 from qwen3_lit.data.corpus import INFO_NAME, LENGTHS_NAME, SPLITS, CorpusInfo, read_info
 from qwen3_lit.data.shard_workers import ShardWorkers, WorkerKilledError
-from qwen3_lit.data.sources import FileReader, SourceOptions, Unit, list_units, make_shards, read_unit
+from qwen3_lit.data.sources import (
+    FileReader,
+    SourceOptions,
+    UnavailableSourceError,
+    Unit,
+    list_units,
+    make_shards,
+    read_unit,
+)
 from qwen3_lit.data.tokenizer import TextTokenizer, load_tokenizer
 from qwen3_lit.errors import UserError
 
@@ -48,6 +56,7 @@ Progress = Callable[[str, int, int, int], None]
 """Called with (stage, shards done, shards in all, tokens so far)."""
 
 _PARTIAL = ".partial"
+_PLAN = "plan.json"
 _CHUNK_BYTES = 64 << 20
 
 
@@ -192,7 +201,7 @@ def _check_same(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> Non
 def _load_plan(
     partial: Path, out: Path, settings: PrepareSettings, identity: dict[str, Any], reader: FileReader
 ) -> list[list[Unit]]:
-    file = partial / "plan.json"
+    file = partial / _PLAN
     if file.exists():
         plan = json.loads(file.read_text(encoding="utf-8"))
         _check_same(out, plan["identity"], identity)
@@ -444,12 +453,12 @@ def _discarded_on_bad_input(partial: Path, out: Path) -> Iterator[None]:
     """Removes the unfinished state when the input is at fault: its repair changes what the state was made from."""
     try:
         yield
-    except (WorkerKilledError, _OtherSettingsError):
-        raise
-    except UserError:
-        shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            out.rmdir()
+    except UserError as error:
+        passes = isinstance(error, (WorkerKilledError, _OtherSettingsError, UnavailableSourceError))
+        if not (passes and (partial / _PLAN).exists()):
+            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                out.rmdir()
         raise
 
 

@@ -12,11 +12,13 @@ PATH forms: a folder, a file, ``*.jsonl[.gz]``, ``*.parquet``, ``hub:NAME[?confi
 from __future__ import annotations
 
 import fnmatch
+import functools
 import gzip
 import hashlib
 import json
 import os
 import sysconfig
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -40,6 +42,10 @@ _LICENSE_NAMES = ("license", "licence", "copying", "notice", "authors", "record"
 
 class UnreadableDocumentError(Exception):
     """A file that holds no usable text; the message is the reason, one or two words, used as a counter name."""
+
+
+class UnavailableSourceError(UserError):
+    """A source that cannot be read at the moment: the disk, the network or the permissions, not its contents."""
 
 
 class FileReader(Protocol):
@@ -224,6 +230,7 @@ def _list_hub(path: str) -> Iterator[Unit]:
         yield Unit("hub", path, (stop - start) * _HUB_ROW_BYTES, start=start, stop=stop)
 
 
+@functools.lru_cache(maxsize=4)  # a unit is 4,096 rows; opening the set takes seconds and asks the hub each time
 def _load_hub(path: str) -> Any:
     import datasets
 
@@ -237,7 +244,7 @@ def _load_hub(path: str) -> Any:
         return datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
+        raise UnavailableSourceError(
             f"{path}: datasets cannot load it: {reason}; check the name, config, split and the network"
         ) from None
 
@@ -245,9 +252,21 @@ def _load_hub(path: str) -> Any:
 def read_unit(unit: Unit, reader: FileReader, options: SourceOptions, skipped: Counter[str]) -> Iterator[Document]:
     """The documents of one unit, in file order. ``skipped`` counts, by reason, files and rows that hold no usable text.
 
-    Raises ``UserError`` for a bad row (unless ``on_bad_record`` is ``skip``) and for a file that changed or vanished
-    since it was listed.
+    Raises ``UnavailableSourceError`` for a source that cannot be read, ``UserError`` for a bad row (unless
+    ``on_bad_record`` is ``skip``) and for a file that is damaged or changed since it was listed.
     """
+    try:
+        yield from _read_documents(unit, reader, options, skipped)
+    except OSError as error:
+        raise UnavailableSourceError(
+            f"{unit.path}: cannot be read ({error.strerror or error}); see to it and run the same command again "
+            "(finished shards are kept), or --exclude it with another --out"
+        ) from error
+
+
+def _read_documents(
+    unit: Unit, reader: FileReader, options: SourceOptions, skipped: Counter[str]
+) -> Iterator[Document]:
     if unit.file_bytes >= 0:
         _check_unchanged(unit)
     if unit.kind == "file":
@@ -282,10 +301,7 @@ def _half_pair(text: str) -> str:
 
 
 def _check_unchanged(unit: Unit) -> None:
-    try:
-        size = os.stat(unit.path).st_size
-    except OSError as error:
-        raise UserError(f"{unit.path}: cannot be read ({error.strerror}); it was there when preparing began") from None
+    size = os.stat(unit.path).st_size
     if size != unit.file_bytes:
         raise UserError(
             f"{unit.path}: {size} bytes now, {unit.file_bytes} when preparing began; "
@@ -299,10 +315,6 @@ def _read_file(unit: Unit, reader: FileReader, skipped: Counter[str]) -> Iterato
     except UnreadableDocumentError as error:
         skipped[str(error)] += 1
         return
-    except OSError as error:
-        raise UserError(
-            f"{unit.path}: cannot be read ({error.strerror}); fix its permissions or --exclude it"
-        ) from None
     if not texts:
         skipped["empty"] += 1
     for text in texts:
@@ -312,14 +324,16 @@ def _read_file(unit: Unit, reader: FileReader, skipped: Counter[str]) -> Iterato
 def _read_rows(unit: Unit, options: SourceOptions, skipped: Counter[str]) -> Iterator[tuple[Callable[[], str], Any]]:
     """Rows, each with a function that names its place (finding a line's number means reading all before it)."""
     if unit.kind == "parquet":
-        import pyarrow.parquet
-
-        file = pyarrow.parquet.ParquetFile(unit.path)
-        columns = [options.text_field] if options.text_field in file.schema_arrow.names else None
-        for number, row in enumerate(file.read_row_group(unit.start, columns=columns).to_pylist()):
+        for number, row in enumerate(_read_row_group(unit, options.text_field)):
             yield partial("{}: row group {} row {}".format, unit.path, unit.start, number), row
     elif unit.kind == "hub":
-        for number, row in enumerate(_load_hub(unit.path).select(range(unit.start, unit.stop)), unit.start):
+        rows = _load_hub(unit.path)
+        if len(rows) < unit.stop:
+            raise UserError(
+                f"{unit.path}: {len(rows)} rows, {unit.stop} or more when preparing began; run the command again to "
+                "start over"
+            )
+        for number, row in enumerate(rows.select(range(unit.start, unit.stop)), unit.start):
             yield partial("{}: row {}".format, unit.path, number), row
     else:
         for place, line in _read_lines(unit):
@@ -333,6 +347,24 @@ def _read_rows(unit: Unit, options: SourceOptions, skipped: Counter[str]) -> Ite
                 skipped["bad_record"] += 1
 
 
+def _read_row_group(unit: Unit, text_field: str) -> list[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(unit.path)
+        columns = [text_field] if text_field in file.schema_arrow.names else None
+        rows: list[Any] = file.read_row_group(unit.start, columns=columns).to_pylist()
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's; Arrow's own say that the contents are wrong
+            raise
+        raise UserError(
+            f"{unit.path}: row group {unit.start} is damaged ({str(error).splitlines()[0]}); expected a whole parquet "
+            "file, give it anew or --exclude it"
+        ) from error
+    return rows
+
+
 def _read_lines(unit: Unit) -> Iterator[tuple[Callable[[], str], bytes]]:
     """Lines that START in the unit's byte range."""
     if unit.kind == "jsonl.gz":
@@ -340,7 +372,7 @@ def _read_lines(unit: Unit) -> Iterator[tuple[Callable[[], str], bytes]]:
             with gzip.open(unit.path, "rb") as lines:
                 for number, line in enumerate(lines, 1):
                     yield partial("{}:{}".format, unit.path, number), line
-        except (OSError, EOFError) as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{unit.path}: broken gzip file ({error}); expected a whole .jsonl.gz file") from None
         return
     with open(unit.path, "rb") as file:

@@ -2,6 +2,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,6 +220,35 @@ def test_full_disk_is_one_line_and_the_next_run_goes_on(
     run(folder, tokenizer, tmp_path / "out")
     run(folder, tokenizer, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_source_out_of_reach_costs_no_finished_shard(
+    folder: Path, tokenizer: str, tmp_path: Path, small_shards: None
+) -> None:
+    run(folder, tokenizer, tmp_path / "whole")
+    texts = tmp_path / "texts"
+    shutil.copytree(folder, texts)
+    moved: list[Path] = []
+
+    def lose_the_last(stage: str, done: int, total: int, tokens: int) -> None:
+        if (stage, done) == ("tokenize", 2):
+            plan = json.loads((tmp_path / "out" / ".partial" / "plan.json").read_text())
+            moved.append(Path(plan["shards"][-1][-1][1]))
+            moved[0].rename(tmp_path / "away")
+
+    with pytest.raises(UserError, match=r"\d+\.txt: cannot be read \(No such file.*finished shards are kept"):
+        prepare(settings(texts, tokenizer), tmp_path / "out", DocumentReader(), workers=1, progress=lose_the_last)
+    (tmp_path / "away").rename(moved[0])
+    result = run(texts, tokenizer, tmp_path / "out")
+    assert result.shards_reused >= 2
+    parts = [{k: v for k, v in contents(tmp_path / name).items() if "prepared" not in k} for name in ("out", "whole")]
+    assert parts[0] == parts[1]
+
+
+def test_a_source_that_was_never_in_reach_leaves_nothing_behind(tokenizer: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="datasets cannot load it"):
+        run(tmp_path, tokenizer, tmp_path / "out", paths=(f"hub:{tmp_path / 'missing'}",))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bad_row_leaves_nothing_behind_and_its_repair_is_enough(tokenizer: str, tmp_path: Path) -> None:

@@ -7,7 +7,14 @@ import pytest
 
 from qwen3_lit.curation.document_text import DocumentReader
 from qwen3_lit.data import sources
-from qwen3_lit.data.sources import SourceOptions, list_units, make_shards, read_unit, sample_texts
+from qwen3_lit.data.sources import (
+    SourceOptions,
+    UnavailableSourceError,
+    list_units,
+    make_shards,
+    read_unit,
+    sample_texts,
+)
 from qwen3_lit.errors import UserError
 
 READER = DocumentReader()
@@ -116,6 +123,51 @@ def test_gzip_and_parquet(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_bytes(b"not parquet")
     with pytest.raises(UserError, match=r"b\.parquet: not a parquet file"):
         read_all([str(tmp_path)])
+
+
+def test_a_damaged_row_group_is_named(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"row {i} " + "word " * i for i in range(40)]})
+    pyarrow.parquet.write_table(table, path, row_group_size=20, compression="zstd")
+    column = pyarrow.parquet.read_metadata(path).row_group(1).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    damaged = bytearray(path.read_bytes())
+    damaged[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"a\.parquet: row group 1 is damaged") as caught:
+        read_all([str(path)])
+    assert not isinstance(caught.value, UnavailableSourceError)
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress("".join(f'{{"text": "row {i}"}}\n' for i in range(500)).encode())
+    for damaged in (whole[:-20], b"no gzip", whole[:100] + b"\xff" * 100 + whole[200:]):
+        (tmp_path / "a.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"a\.jsonl\.gz: broken gzip file") as caught:
+            read_all([str(tmp_path)])
+        assert not isinstance(caught.value, UnavailableSourceError)
+
+
+def test_a_data_set_is_opened_once_for_all_its_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    opened: list[str] = []
+    load = datasets.load_dataset
+
+    def counted(name: str, *more: object, **options: object) -> object:
+        opened.append(name)
+        return load(name, *more, **options)
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset", counted)
+    monkeypatch.setattr(sources, "_HUB_ROWS", 4)
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "a.jsonl", [{"text": f"row {i}"} for i in range(10)])
+    assert read_all([f"hub:{tmp_path / 'set'}"])[0] == [f"row {i}" for i in range(10)]
+    assert len(opened) == 1
 
 
 def test_a_file_that_changed_since_listing_is_refused(tmp_path: Path) -> None:
