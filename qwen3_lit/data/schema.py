@@ -10,6 +10,10 @@
 Free columns pass through untouched. Files are JSONL (also gzipped), JSON lists, parquet, folders of these, or the name
 of a ``datasets`` set ("owner/name", "owner/name:split", or anything after "datasets:"). A bad record is one line: file,
 line, field, what was seen, what was expected.
+
+Arrow gives every object of a column the same keys and writes null for those that it lacks: a tool call would get the
+arguments of all other tools. So keys whose value is null are left out of messages and tools that come from parquet or
+``datasets``. Arguments with nulls of their own must be stored as JSON text there.
 """
 
 from __future__ import annotations
@@ -274,6 +278,16 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield where, _row_of(text, row, where)
 
 
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _from_arrow(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {field: _without_nulls(row[field]) for field in ("messages", "tools") if field in row}
+
+
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
@@ -284,7 +298,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}:row {number}", row
+                    yield f"{path}:row {number}", _from_arrow(row)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
@@ -296,7 +310,7 @@ def _datasets_rows(name: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = datasets.load_dataset(repository, split=split or "train", streaming=True)
         for number, row in enumerate(rows, start=1):
-            yield f"{name}:row {number}", row
+            yield f"{name}:row {number}", _from_arrow(row)
     except UserError:
         raise
     except Exception as error:  # datasets raises a different class for every way a set can be missing

@@ -213,3 +213,22 @@ def test_rows_that_no_one_can_train_on_name_their_line_and_can_be_skipped(name, 
     listed = write_jsonl("a.json", [f"[{whole},{row}]"])
     with pytest.raises(UserError, match=rf"a\.json.*{message}"):
         list(read_records(listed, "text"))
+
+
+def test_arrow_gives_no_call_the_arguments_of_another_tool(tmp_path, write_jsonl):
+    def dialog(name, arguments):
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        schema = {"type": "object", "properties": {key: {"type": "string"} for key in arguments}}
+        turns = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "r"}]
+        return {"messages": [*turns, ANSWER], "tools": [{"name": name, "parameters": schema}]}
+
+    records = [
+        dialog("weather", {"city": "Paris", "days": ["mon"]}),
+        dialog("add", {"x": {"value": 1}}),
+        dialog("add", {"x": {"sign": "-"}}),
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    assert list(read_records(tmp_path / "a.parquet", "conversation")) == records
+    # A JSON file has no such filling: its nulls are meant.
+    meant = [dialog("add", {"x": None, "y": {"z": None}})]
+    assert list(read_records(write_jsonl("a.jsonl", meant), "conversation")) == meant
