@@ -25,9 +25,10 @@ from qwen3_lit.curation.response_filter import (
 from qwen3_lit.curation.synthesis_problems import query_text
 from qwen3_lit.curation.synthesis_split import stream_seed
 from qwen3_lit.curation.verification import AnswerVerifier, response_input
-from qwen3_lit.data.chat_template import split_thinking
+from qwen3_lit.data.chat_template import answer_turns, render_segments, split_thinking
 from qwen3_lit.data.schema import read_records
 from qwen3_lit.errors import UserError
+from qwen3_lit.rl.rewards.reward import RewardInput
 
 _log = logging.getLogger(__name__)
 
@@ -63,14 +64,36 @@ class CurationConfig:
                 raise UserError(f"curation: {name}={value}: expected 1 or more, or null for no limit")
 
 
-def split_candidate(record: Record) -> tuple[Record, str, str]:
-    """A candidate conversation as (problem, thinking, answer)."""
-    *prompt, last = record["messages"]
+@dataclass(frozen=True)
+class Candidate:
+    """A candidate conversation: what was asked, and the answer."""
+
+    problem: Record
+    """The record with the messages up to the last query."""
+    thinking: str
+    answer: str
+    """Both of the last turn."""
+    turns: list[Record]
+    """All turns after the query as the model wrote and saw them, tool calls and results included."""
+
+    def response_to(self, problem: Record) -> RewardInput:
+        """What verifiers see of it as an answer to ``problem``."""
+        return response_input(problem, self.thinking, self.answer, self.turns if len(self.turns) > 1 else ())
+
+
+def split_candidate(record: Record) -> Candidate:
+    """The parts of a candidate conversation."""
+    messages = record["messages"]
+    asked, last = len(answer_turns(messages)[0]) - 1, messages[-1]
     thinking, answer = last.get("reasoning_content"), str(last.get("content") or "")
     if thinking is None:
         thinking, answer = split_thinking(answer)
+    turns = [
+        {"role": "assistant" if message["role"] == "assistant" else "tool", "content": segment.body}
+        for message, segment in zip(messages, render_segments(messages), strict=True)
+    ]
     problem = {key: value for key, value in record.items() if key not in ("messages", "provenance")}
-    return problem | {"messages": prompt}, thinking or "", answer
+    return Candidate(problem | {"messages": messages[:asked]}, thinking or "", answer, turns[asked:])
 
 
 def curate(
@@ -154,15 +177,16 @@ def _read_queries(
             references.setdefault(query_key(record), record)
     lengths: dict[int, array[int]] = defaultdict(lambda: array("l"))
     for number, record in enumerate(_candidates(candidates, config), start=1):
-        problem, thinking, answer = split_candidate(record)
-        key = query_key(problem)
+        candidate = split_candidate(record)
+        thinking, answer = candidate.thinking, candidate.answer
+        key = query_key(candidate.problem)
         if key not in references:
-            if not isinstance(problem.get("answer"), str):
+            if not isinstance(candidate.problem.get("answer"), str):
                 raise UserError(
                     f"{candidates}: record {number}: field 'answer': missing, and its query is in no problem file; "
                     "add the column or pass --problems"
                 )
-            references[key] = problem
+            references[key] = candidate.problem
         if check_form(thinking, answer) is None and check_repetition(thinking, answer, config.response) is None:
             lengths[key].append(thinking_words(thinking))
         if progress is not None and number % _BATCH == 0:
@@ -181,20 +205,21 @@ def _verdicts(
     progress: Progress | None,
 ) -> Iterator[tuple[tuple[int, int], str | None]]:
     """((query hash, candidate hash), reason) for each candidate in order."""
-    batch: list[tuple[int, Record, str, str]] = []
+    batch: list[tuple[int, Candidate]] = []
     seen: set[int] = set()
     done = 0
 
     def flush() -> Iterator[tuple[tuple[int, int], str | None]]:
         live = [row for row in batch if decision.reasons[row[0]] is None]
-        items = [response_input(references[key], thinking, answer) for key, _, thinking, answer in live]
+        items = [candidate.response_to(references[key]) for key, candidate in live]
         right = iter(verifier.right(items))
-        for key, problem, thinking, answer in batch:
+        for key, candidate in batch:
+            thinking, answer = candidate.thinking, candidate.answer
             identity = stream_seed(key, thinking, answer)
             reason = decision.reasons[key]
             if reason is None:
                 is_right = next(right)
-                query = query_text(problem)
+                query = query_text(candidate.problem)
                 reason = check_form(thinking, answer) or (None if is_right else "wrong_answer")
                 reason = reason or check_response(query, thinking, answer, config.response, medians.get(key))
                 reason = reason or check_similarity(query, index if len(index) else None)
@@ -205,8 +230,8 @@ def _verdicts(
             yield (key, identity), reason
 
     for record in _candidates(candidates, config):
-        problem, thinking, answer = split_candidate(record)
-        batch.append((query_key(problem), problem, thinking, answer))
+        candidate = split_candidate(record)
+        batch.append((query_key(candidate.problem), candidate))
         if len(batch) == _BATCH:
             yield from flush()
             done += len(batch)

@@ -17,6 +17,7 @@ from qwen3_lit.curation.decontaminate import HeldOutIndex, check_similarity
 from qwen3_lit.curation.synthesis_problems import query_text
 from qwen3_lit.curation.synthesis_split import text_key
 from qwen3_lit.curation.verification import AnswerVerifier, response_input
+from qwen3_lit.data.chat_template import render
 from qwen3_lit.data.tokenizer import TextTokenizer
 from qwen3_lit.errors import UserError
 from qwen3_lit.generation.protocol import RolloutEngine
@@ -209,7 +210,7 @@ def filter_queries(
     domain_labels: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> QueryDecision:
-    """Decide about problem records keyed by the hash of their query text.
+    """Decide about problem records keyed by their ``query_key``.
 
     ``judge`` adds ``answered_without_thinking`` and, with ``domain_labels``, gives the domains. Cheap checks come
     first, so the judge sees only what passed them.
@@ -218,8 +219,10 @@ def filter_queries(
     for key, record in records.items():
         reasons[key] = check_similarity(query_text(record), held_out) or check_query(record, config)
     alive = [key for key, reason in reasons.items() if reason is None]
-    gold = [response_input(records[key], "", _as_answer(records[key])) for key in alive]
-    for key, ok in zip(alive, verifier.right(gold), strict=True):
+    # A reference answer alone calls no tool, so the rules of tool problems refuse all of them.
+    plain = [key for key in alive if not needs_tools(records[key])]
+    gold = [response_input(records[key], "", _as_answer(records[key])) for key in plain]
+    for key, ok in zip(plain, verifier.right(gold), strict=True):
         if not ok:
             reasons[key] = "unparsable_answer"
     alive = [key for key in alive if reasons[key] is None]
@@ -249,6 +252,17 @@ def _as_answer(record: Record) -> str:
     return f"\\boxed{{{answer}}}" if any(check.get("name") == "boxed" for check in checks) else answer
 
 
+def needs_tools(record: Mapping[str, Any]) -> bool:
+    """Whether an answer has to call a tool."""
+    return bool(record.get("tools") or (record.get("metadata") or {}).get("tool"))
+
+
 def query_key(record: Record) -> int:
-    """Hash that identifies a query."""
+    """Hash that identifies a query: its user turns, with the system turn, earlier answers and tools where there are any.
+
+    The same question under another system prompt may have another answer.
+    """
+    messages, tools = record.get("messages") or (), record.get("tools")
+    if tools or any(message["role"] != "user" for message in messages):
+        return text_key(render(messages, tools=tools))
     return text_key(query_text(record))

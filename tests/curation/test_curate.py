@@ -117,6 +117,49 @@ def test_candidates_without_reference_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "o.jsonl").exists()
 
 
+def test_one_question_under_two_system_prompts_is_two_queries(tmp_path: Path) -> None:
+    path, out = tmp_path / "c.jsonl", tmp_path / "o.jsonl"
+
+    def candidate(base: str, written: str, answer: str) -> dict[str, object]:
+        thinking = f"The sum of 3 and 4 is seven, which in base {base} is written {written}\n{written}"
+        turns = [
+            {"role": "system", "content": f"Answer in base {base}."},
+            {"role": "user", "content": "What is 3 + 4?"},
+            {"role": "assistant", "content": written, "reasoning_content": thinking},
+        ]
+        return {"messages": turns, "answer": answer, "task": "sum"}
+
+    rows = [candidate("10", "7", "7"), candidate("2", "111", "111"), candidate("2", "7", "111")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with AnswerVerifier() as verifier:
+        result = curate(str(path), str(out), config=CurationConfig(), verifier=verifier)
+    assert [record["answer"] for record in read_records(out, "conversation")] == ["7", "111"]
+    assert result["queries"]["seen"] == 2 and result["dropped"] == {"wrong_answer": 1}
+
+
+def test_tool_dialogs_are_judged_by_their_calls(tmp_path: Path) -> None:
+    path, out = tmp_path / "c.jsonl", tmp_path / "o.jsonl"
+    tools = [{"type": "function", "function": {"name": "calculator", "parameters": {"type": "object"}}}]
+    call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": "47 * 38"}}}
+    query = {"role": "user", "content": "What is 47 * 38?"}
+    asks = {"role": "assistant", "content": "", "reasoning_content": "The tool can do it.", "tool_calls": [call]}
+
+    def candidate(result: dict[str, str] | None, answer: str, **more: object) -> dict[str, object]:
+        last = {"role": "assistant", "content": answer, "reasoning_content": f"It is what the tool says: {answer}"}
+        turns = [query, last] if result is None else [query, asks, result, last]
+        return {"messages": turns, "answer": "1786", "task": "tool", "tools": tools} | more
+
+    result = {"role": "tool", "content": "1786"}
+    wrapped = {"role": "user", "content": "<tool_response>\n1786\n</tool_response>"}
+    rows = [candidate(result, "1786"), candidate(result, "1787"), candidate(None, "1786"), candidate(wrapped, "1786.")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with AnswerVerifier() as verifier:
+        counts = curate(str(path), str(out), config=CurationConfig(per_query=None), verifier=verifier)
+    kept = [record["messages"] for record in read_records(out, "conversation")]
+    assert kept == [rows[0]["messages"], rows[3]["messages"]]
+    assert counts["dropped"] == {"wrong_answer": 2} and counts["queries"]["seen"] == 1
+
+
 def test_nothing_kept_is_an_error_that_counts_the_reasons(files: dict[str, str], tmp_path: Path) -> None:
     path, out, report = tmp_path / "c.jsonl", tmp_path / "o.jsonl", tmp_path / "r.json"
     records = [json.loads(line) for line in Path(files["candidates"]).read_text().splitlines()[:30]]
