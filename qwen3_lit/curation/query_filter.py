@@ -258,7 +258,7 @@ def needs_tools(record: Mapping[str, Any]) -> bool:
 
 
 def query_key(record: Record) -> int:
-    """Hash that identifies a query: its user turns, with the system turn, earlier answers and tools where there are any.
+    """Hash that identifies a query: its user turns, with the system turn, earlier answers and tools where it has any.
 
     The same question under another system prompt may have another answer.
     """

@@ -314,7 +314,8 @@ def encode_conversation(
     runs: list[tuple[str, bool]] = []
     text = ""
     for segment in segments[:-1]:
-        if train_turns == "all" and messages[segment.message_index].get("role") == "assistant":
+        index = segment.message_index
+        if train_turns == "all" and index >= 0 and messages[index].get("role") == "assistant":
             runs += [(text + segment.head, False), (segment.body + "<|im_end|>", True)]
             text = "\n"
         else:

@@ -266,6 +266,10 @@ def test_all_turns_trains_every_assistant_turn(chat_tokenizer):
     sample = encode_conversation(chat_tokenizer, messages, train_turns="all")
     assert trained_text(chat_tokenizer, sample) == "a<|im_end|><think>\nt\n</think>\n\nb<|im_end|>"
     assert sample.token_ids == encode_conversation(chat_tokenizer, messages).token_ids
+    # Without a system turn the list of tools stands in one that no message wrote.
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    sample = encode_conversation(chat_tokenizer, messages[1:], tools=tools, train_turns="all")
+    assert trained_text(chat_tokenizer, sample) == "a<|im_end|><think>\nt\n</think>\n\nb<|im_end|>"
 
 
 def test_split_turns_gives_each_turn_its_own_reasoning(chat_tokenizer):
