@@ -192,7 +192,9 @@ class PretrainData(TextDataModule):
         return rows
 
     def order_settings(self) -> dict[str, Any]:
-        """All that decides which row has which index."""
+        """All that decides which row has which index; ``corpora`` are the documents and tokens of each source."""
+        self.ensure_loaded_streams()
+        infos = [corpus.info for corpus in self._corpora]
         return {
             "seed": self.seed,
             "batch_tokens": self.batch_tokens,
@@ -200,6 +202,8 @@ class PretrainData(TextDataModule):
             "sources": [[source.label, source.weight] for source in self.sources],
             "length_mix": [list(dataclasses.astuple(bucket)) for bucket in self.length_mix],
             "window_slots": self.window_slots,
+            "max_documents": self.max_documents,
+            "corpora": [[info.documents["train"], info.tokens["train"]] for info in infos],
         }
 
     # ---- reports

@@ -150,6 +150,17 @@ def test_resume_goes_on_where_it_was(root: Path) -> None:
     assert all(same(next(rest), expected[i]) for i in range(5, 8))
 
 
+def test_a_resume_on_another_corpus_of_the_name_is_warned_of(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpora = [make_corpus(tmp_path, name, 60 + i, i, str(root / "tokenizer")) for i, name in enumerate(("a", "b"))]
+    before, after = (make_data(root, sources=[SourceConfig(path, name="text")]) for path in corpora)
+    before.load_state_dict({"batches_done": 5, "processed": 5, "order_settings": before.order_settings()})
+    assert not caplog.text
+    after.load_state_dict(before.state_dict())
+    assert "corpora ([[" in caplog.text and "differ from the checkpoint's" in caplog.text
+
+
 def test_held_out_rows_are_fixed_limited_and_held_out(root: Path) -> None:
     data = make_data(root)
     rows = [data.make_val_batch(i) for i in range(data.num_val_batches())]
