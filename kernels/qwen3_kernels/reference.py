@@ -26,18 +26,27 @@ def router_topk(
     expert_ids_TK: Tensor | None,
     selection_bias_E: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    logits_TE = logits_TE.float()
+    all_logits_TE = logits_TE = logits_TE.float()
     num_experts = logits_TE.shape[-1]
+    if token_mask_T is not None:
+        # A masked token may hold anything, NaN included, which no product with 0 removes.
+        logits_TE = logits_TE.masked_fill(~token_mask_T[:, None], 0.0)
     probs_TE = logits_TE.softmax(-1)
     if expert_ids_TK is None:
-        scores_TE = probs_TE.detach()
+        scores_TE = (probs_TE if token_mask_T is None else all_logits_TE.softmax(-1)).detach()
         if selection_bias_E is not None:
             scores_TE = scores_TE + selection_bias_E
-        expert_ids_TK = _topk_low_id_first(scores_TE, top_k)
-    expert_ids_TK = expert_ids_TK.long()
-    weights_TK = probs_TE.gather(-1, expert_ids_TK)
-    if renormalize:
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        expert_ids_TK = _topk_low_id_first(scores_TE, top_k).long()
+        weights_TK = probs_TE.gather(-1, expert_ids_TK)
+        if renormalize:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    else:
+        expert_ids_TK = expert_ids_TK.long()
+        if renormalize:
+            # Not by dividing probabilities: all that are replayed may have become 0.
+            weights_TK = logits_TE.gather(-1, expert_ids_TK).softmax(-1)
+        else:
+            weights_TK = probs_TE.gather(-1, expert_ids_TK)
     z_T = logits_TE.logsumexp(-1) ** 2
     sort_key_TK = expert_ids_TK
     if token_mask_T is not None:
@@ -314,7 +323,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         if grad_hidden_TD is not None:
-            grad_hidden_TD = grad_hidden_TD * grad_loss.to(grad_hidden_TD.dtype)
+            grad_hidden_TD = (grad_hidden_TD.float() * grad_loss).to(grad_hidden_TD.dtype)
         if grad_weight_VD is not None:
             grad_weight_VD = (grad_weight_VD * grad_loss).to(ctx.weight_dtype)
         return grad_hidden_TD, grad_weight_VD, None, None, None, None, None

@@ -42,6 +42,17 @@ def test_cross_entropy_and_gradients(chunk_elements, z_loss_weight, valid_vocab,
         torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=1e-5)
 
 
+def test_the_gradient_of_the_loss_is_not_rounded_to_the_type_of_the_hidden_states():
+    """1 / 7777 in bfloat16 is 0.1 % off, which would make another factor for the backbone than for the head."""
+    hidden, weight, targets = problem()
+    hidden = hidden.detach().bfloat16().requires_grad_()
+    whole, part = (
+        torch.autograd.grad(linear_cross_entropy(hidden, weight, targets).loss * factor, hidden)[0].float()
+        for factor in (1.0, 1 / 7777)
+    )
+    assert (part * 7777 / whole).mean().sub(1).abs() < 4e-4
+
+
 def test_cross_entropy_of_no_token_is_zero():
     hidden, weight, targets = problem()
     result = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))
