@@ -4,7 +4,7 @@ Bound by bytes, and below some 10,000 tokens by launches. FLOPs are counted roug
 """
 
 import torch
-from operation import Inputs, Operation, Shape, Work, compiled, every_implementation, qwen3_30b_a3b
+from operation import Contender, Inputs, Operation, Shape, Work, compiled, every_implementation, qwen3_30b_a3b
 from qwen3_kernels import reference, router_topk
 from torch import Tensor
 
@@ -34,6 +34,22 @@ def truth(inputs: Inputs) -> dict[str, Tensor]:
     return dict(zip(("expert_ids", "weights", "counts", "prob_sum", "z_sum", "order"), outputs, strict=False))
 
 
+def composed(inputs: Inputs) -> dict[str, Tensor]:
+    """The plain way, which leaves the order of equal scores open; the reference sorts wider keys to settle it."""
+    probs_TE = inputs["logits"].softmax(-1)
+    chosen_TK, ids_TK = probs_TE.topk(inputs["top_k"], dim=-1)
+    ids_N = ids_TK.flatten()
+    counts_E = torch.zeros(probs_TE.shape[-1], dtype=torch.long, device=ids_N.device)
+    return {
+        "weights": chosen_TK / chosen_TK.sum(-1, keepdim=True),
+        "prob_sum": probs_TE.sum(0),
+        "z_sum": inputs["logits"].logsumexp(-1).square().sum(),
+        "expert_ids": ids_TK.int(),
+        "counts": counts_E.scatter_add(0, ids_N, torch.ones_like(ids_N)),
+        "order": ids_N.to(torch.int16).argsort(stable=True).int(),
+    }
+
+
 def work(shape: Shape, direction: str) -> Work:
     """Forward reads logits and writes id, weight, order and position of every routed row; backward reads logits, ids,
     weights and their gradients and writes the logits' gradient. 4 bytes each. At T = 32,768: 16.8 + 4.2 MB, 36.7 MB."""
@@ -60,7 +76,8 @@ OPERATION = Operation(
     truth=truth,
     contenders={
         **every_implementation("router_topk", call),
-        "reference_compiled": compiled(truth),
+        "composed": Contender(lambda: composed),
+        "composed_compiled": compiled(composed),
     },
     work=work,
     differentiable=("logits",),
