@@ -1,4 +1,4 @@
-"""Whole training steps and rollouts beside transformers: ``python benchmarks/end_to_end.py {train,rollout}``.
+"""Training steps and rollouts beside other frameworks: ``python benchmarks/end_to_end.py {train,rollout}``.
 
 ``train``: forward and backward of the first layers of Qwen3-30B-A3B (full widths, bfloat16 weights, random tokens, the
 routing of a random router), the head's cross-entropy and, for ours alone, the balance loss. The weight gradients are
@@ -25,10 +25,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 # Before torch: the first step shall compile everything, as on a machine that never ran it.
 if "--keep-caches" not in sys.argv:
@@ -38,125 +37,27 @@ if "--keep-caches" not in sys.argv:
 
 import record
 import torch
-import yaml
 from measure import status_of
 from qwen3_kernels import dispatch
 from qwen3_kernels import dual_chunk_attention_flash as flash_attn
 from timing import Ceilings, measure_ceilings
 from torch import Tensor
+from train_steps import Batch, build, our_step, read_size, torchtitan_step, transformers_step
 
 from qwen3_lit.generation.engine import PagedEngine
 from qwen3_lit.generation.sampling import SamplingParams
-from qwen3_lit.losses.language_model import language_model_loss
-from qwen3_lit.losses.load_balance import GlobalBatchBalance
 from qwen3_lit.model.config import ModelConfig
 from qwen3_lit.model.cost import training_flops
 from qwen3_lit.model.hf_config import hf_config_dict
 from qwen3_lit.model.transformer import Qwen3
 
 ATTENTION = "dual_chunk_attention"
-SIZES = Path(__file__).resolve().parents[1] / "recipes" / "size"
-TINY = {"vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-TINY |= {"intermediate_size": 128, "moe_intermediate_size": 32}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Documents of one length, in our packed form and as a padded batch without padding."""
-
-    documents: int
-    length: int
-    token_ids_T: Tensor
-
-    @classmethod
-    def random(cls, documents: int, length: int, vocab: int, device: torch.device) -> "Batch":
-        generator = torch.Generator(device).manual_seed(0)
-        tokens = documents * length
-        return cls(documents, length, torch.randint(vocab, (tokens,), device=device, generator=generator))
-
-    @property
-    def packed(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        """What ``Qwen3.forward`` takes."""
-        device, tokens = self.token_ids_T.device, len(self.token_ids_T)
-        positions_T = torch.arange(self.length, device=device).repeat(self.documents)
-        bounds = torch.arange(0, tokens + 1, self.length, device=device, dtype=torch.int32)
-        return self.token_ids_T, positions_T, bounds, self.length
-
-    @property
-    def targets_T(self) -> Tensor:
-        """The next token of the same document."""
-        targets_BL = self.token_ids_T.view(self.documents, self.length).roll(-1, dims=1).clone()
-        targets_BL[:, -1] = -100
-        return targets_BL.flatten()
-
-
-def read_size(name: str, device: torch.device, **changes: Any) -> ModelConfig:
-    """The configuration of ``recipes/size/<name>.yaml``; tiny on a CPU."""
-    overlay = yaml.safe_load((SIZES / f"{name}.yaml").read_text())
-    sizes = overlay["model"]["init_args"]["config"] | changes
-    if device.type != "cuda":
-        sizes |= TINY | {"num_hidden_layers": 2}
-        sizes |= {"num_experts": 8, "num_experts_per_tok": 2} if sizes["num_experts"] else {}
-    return ModelConfig(**sizes)
-
-
-def build(make: Callable[[], torch.nn.Module], device: torch.device) -> Any:
-    """A model with bfloat16 weights, made where it shall be."""
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
-    try:
-        with device:
-            return make()
-    finally:
-        torch.set_default_dtype(before)
-
-
-def our_step(
-    config: ModelConfig, batch: Batch, device: torch.device, compile_blocks: bool, attention: str
-) -> Callable[[], Tensor]:
-    """Forward and backward of ours, balance loss included."""
-    model = build(lambda: Qwen3(replace(config, attention_backend=attention)), device)
-    if compile_blocks:
-        model.compile_blocks(fullgraph=device.type == "cuda", backend="inductor" if device.type == "cuda" else "eager")
-    balance, inputs, targets_T = GlobalBatchBalance(0.001), batch.packed, batch.targets_T
-
-    def step() -> Tensor:
-        model.zero_grad(set_to_none=True)
-        out = model(*inputs)
-        loss = language_model_loss(out.hidden_TD, model.lm_head_weight, targets_T).loss
-        total = loss + balance.loss(out.routing)
-        total.backward()
-        balance.after_optimizer_step(model)
-        return loss.detach()
-
-    return step
-
-
-def their_step(config: ModelConfig, batch: Batch, device: torch.device, liger: bool) -> Callable[[], Tensor]:
-    """transformers' model with torch's grouped products and SDPA; with Liger's RoPE, RMSNorm and linear cross-entropy.
-
-    Without their balance loss, which would make them slower. Liger's experts tune themselves for minutes and stay out.
-    """
-    import transformers
-
-    settings = transformers.Qwen3MoeConfig(**hf_config_dict(config, "bfloat16"))
-    implementations = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}
-    model = build(lambda: transformers.AutoModelForCausalLM.from_config(settings, **implementations), device)
-    model.train()
-    if liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
-
-        apply_liger_kernel_to_qwen3_moe(swiglu=False, model=model)
-    token_ids = batch.token_ids_T.view(batch.documents, batch.length)
-
-    def step() -> Tensor:
-        model.zero_grad(set_to_none=True)
-        loss = model(input_ids=token_ids, labels=token_ids, use_cache=False).loss
-        loss.backward()
-        return loss.detach()
-
-    return step
+OPPONENTS = {
+    "torchtitan": ("torchtitan",),
+    "transformers": ("transformers",),
+    "transformers+liger": ("transformers", "liger-kernel"),
+}
+"""What a contender's row says of versions."""
 
 
 def training_contenders(
@@ -164,8 +65,9 @@ def training_contenders(
 ) -> Mapping[str, Callable[..., Callable[[], Tensor]]]:
     """How each builds a step; Liger last of theirs, since it replaces parts of transformers for good."""
     theirs = {
-        "transformers": partial(their_step, liger=False),
-        "transformers+liger": partial(their_step, liger=True),
+        "torchtitan": torchtitan_step,
+        "transformers": partial(transformers_step, liger=False),
+        "transformers+liger": partial(transformers_step, liger=True),
     }
     ours = {
         " ".join(["ours", mode, attention, *options.prefer]): partial(
@@ -341,9 +243,9 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 def version(name: str) -> str:
     """The packages behind a contender, as far as they are neither ours nor torch."""
-    packages = {"transformers": ["transformers"], "transformers+liger": ["transformers", "liger-kernel"]}.get(name, [])
+    packages = OPPONENTS.get(name, ())
     if "flash" in name.split():
-        packages = ["flash-attn" if flash_attn.VERSION == 2 else f"flash-attn-{flash_attn.VERSION}"]
+        packages = ("flash-attn" if flash_attn.VERSION == 2 else f"flash-attn-{flash_attn.VERSION}",)
     installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
     return " ".join(f"{package} {installed.get(package, 'missing')}" for package in packages)
 
@@ -378,9 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--attention", nargs="+", choices=("auto", "flash", "triton", "sdpa"), default=["auto"], help="of ours"
     )
-    parser.add_argument(
-        "--opponents", nargs="*", choices=("transformers", "transformers+liger"), default=["transformers+liger"]
-    )
+    parser.add_argument("--opponents", nargs="*", choices=OPPONENTS, default=["transformers+liger"])
     parser.add_argument("--shape", nargs="+", default=["4x4096", "1x32768"], help="documents x length, of train")
     parser.add_argument("--layers", type=int, default=8, help="of train")
     parser.add_argument("--steps", type=int, default=10, help="of train, after three that warm up")
