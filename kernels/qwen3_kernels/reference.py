@@ -32,21 +32,19 @@ def router_topk(
         # A masked token may hold anything, NaN included, which no product with 0 removes.
         logits_TE = logits_TE.masked_fill(~token_mask_T[:, None], 0.0)
     probs_TE = logits_TE.softmax(-1)
-    if expert_ids_TK is None:
+    if not (replayed := expert_ids_TK is not None):
         scores_TE = (probs_TE if token_mask_T is None else all_logits_TE.softmax(-1)).detach()
         if selection_bias_E is not None:
             scores_TE = scores_TE + selection_bias_E
-        expert_ids_TK = _topk_low_id_first(scores_TE, top_k).long()
-        weights_TK = probs_TE.gather(-1, expert_ids_TK)
-        if renormalize:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-    else:
-        expert_ids_TK = expert_ids_TK.long()
-        if renormalize:
-            # Not by dividing probabilities: all that are replayed may have become 0.
-            weights_TK = logits_TE.gather(-1, expert_ids_TK).softmax(-1)
-        else:
-            weights_TK = probs_TE.gather(-1, expert_ids_TK)
+        expert_ids_TK = _topk_low_id_first(scores_TE, top_k)
+    expert_ids_TK = expert_ids_TK.long()
+    weights_TK = probs_TE.gather(-1, expert_ids_TK)
+    if renormalize:
+        total_T1 = weights_TK.sum(-1, keepdim=True)
+        lost_T1 = total_T1 == 0
+        weights_TK = weights_TK / total_T1.masked_fill(lost_T1, 1.0)
+        if replayed:  # these experts may have become so unlikely that all of a token's have 0
+            weights_TK = torch.where(lost_T1, logits_TE.gather(-1, expert_ids_TK).softmax(-1), weights_TK)
     z_T = logits_TE.logsumexp(-1) ** 2
     sort_key_TK = expert_ids_TK
     if token_mask_T is not None:

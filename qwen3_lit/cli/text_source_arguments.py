@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from qwen3_lit.data.sources import FileReader, SourceOptions
+    from qwen3_lit.data.source_units import FileReader, SourceOptions
 
 PATHS_HELP = (
     "folders of text, code and Markdown; files; JSONL (.jsonl, .jsonl.gz) or parquet with a text column; "
@@ -45,7 +45,7 @@ def add_text_source_arguments(parser: argparse.ArgumentParser) -> None:
 def text_source(args: argparse.Namespace) -> TextSource:
     """The parsed arguments as objects. Files given by name are read by OCR when they are PDF or images."""
     from qwen3_lit.curation.document_text import DocumentReader
-    from qwen3_lit.data.sources import SourceOptions
+    from qwen3_lit.data.source_units import SourceOptions
 
     options = SourceOptions(tuple(args.include), tuple(args.exclude), args.text_field, args.on_bad_record)
     return TextSource(tuple(args.paths), options, DocumentReader(ocr=args.ocr, language=args.ocr_language))

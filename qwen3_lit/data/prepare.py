@@ -38,15 +38,8 @@ from filelock import FileLock, Timeout
 from qwen3_lit.data.atomic_files import new_folder, save_array, write_text
 from qwen3_lit.data.corpus import INFO_NAME, LENGTHS_NAME, SPLITS, CorpusInfo, read_info
 from qwen3_lit.data.shard_workers import ShardWorkers, WorkerKilledError
-from qwen3_lit.data.sources import (
-    FileReader,
-    SourceOptions,
-    UnavailableSourceError,
-    Unit,
-    list_units,
-    make_shards,
-    read_unit,
-)
+from qwen3_lit.data.source_units import FileReader, SourceOptions, UnavailableSourceError, Unit, list_units
+from qwen3_lit.data.sources import make_shards, read_unit
 from qwen3_lit.data.tokenizer import TextTokenizer, load_tokenizer
 from qwen3_lit.errors import UserError
 

@@ -19,9 +19,10 @@ import numpy as np
 
 from qwen3_lit.data.batch import PackedBatch
 from qwen3_lit.data.corpus import PreparedCorpus
-from qwen3_lit.data.mixture import LengthBucket, Mixture, SourceStream, Span
+from qwen3_lit.data.mixture import LengthBucket, Mixture, SourceStream
 from qwen3_lit.data.packing import Document, pack_best_fit, pack_row
 from qwen3_lit.data.text_data_module import TextDataModule
+from qwen3_lit.data.window_packing import Span
 from qwen3_lit.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -7,12 +7,11 @@ from qwen3_lit.data.mixture import (
     LengthBucket,
     Mixture,
     SourceStream,
-    Span,
     TokenStream,
     apportion,
-    pack_window,
     permute,
 )
+from qwen3_lit.data.window_packing import Span, pack_window
 from qwen3_lit.errors import UserError
 
 

@@ -6,15 +6,9 @@ from pathlib import Path
 import pytest
 
 from qwen3_lit.curation.document_text import DocumentReader
-from qwen3_lit.data import sources
-from qwen3_lit.data.sources import (
-    SourceOptions,
-    UnavailableSourceError,
-    list_units,
-    make_shards,
-    read_unit,
-    sample_texts,
-)
+from qwen3_lit.data import source_units
+from qwen3_lit.data.source_units import SourceOptions, UnavailableSourceError, list_units
+from qwen3_lit.data.sources import make_shards, read_unit, sample_texts
 from qwen3_lit.errors import UserError
 
 READER = DocumentReader()
@@ -55,7 +49,7 @@ def test_include_and_exclude(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("range_bytes", [1, 7, 64, 1 << 20])
 def test_jsonl_ranges_cover_each_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, range_bytes: int) -> None:
-    monkeypatch.setattr(sources, "_RANGE_BYTES", range_bytes)
+    monkeypatch.setattr(source_units, "_RANGE_BYTES", range_bytes)
     rows = [{"text": f"row {i} " + "x" * (i % 13)} for i in range(50)]
     path = write_jsonl(tmp_path / "a.jsonl", list(rows))
     assert read_all([str(path)])[0] == [row["text"] for row in rows]
@@ -63,7 +57,7 @@ def test_jsonl_ranges_cover_each_line_once(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("range_bytes", [5, 1 << 20])
 def test_bad_row_names_file_line_and_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, range_bytes: int) -> None:
-    monkeypatch.setattr(sources, "_RANGE_BYTES", range_bytes)
+    monkeypatch.setattr(source_units, "_RANGE_BYTES", range_bytes)
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "fine"}, {"text": "fine too"}, {"txt": "oops"}])
     with pytest.raises(UserError, match=r"a\.jsonl:3: field 'text': got columns txt, expected a string"):
         read_all([str(path)])
@@ -163,7 +157,7 @@ def test_a_data_set_is_opened_once_for_all_its_units(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets, "load_dataset", counted)
-    monkeypatch.setattr(sources, "_HUB_ROWS", 4)
+    monkeypatch.setattr(source_units, "_HUB_ROWS", 4)
     (tmp_path / "set").mkdir()
     write_jsonl(tmp_path / "set" / "a.jsonl", [{"text": f"row {i}"} for i in range(10)])
     assert read_all([f"hub:{tmp_path / 'set'}"])[0] == [f"row {i}" for i in range(10)]
