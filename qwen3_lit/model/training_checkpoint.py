@@ -1,14 +1,15 @@
 """Weights and configuration out of a training checkpoint: a Lightning ``.ckpt`` file or a distributed folder.
 
-For exports. Nothing in a checkpoint is executed: its pickles are read with every class but torch's own replaced by an
-inert stand-in, so a file from elsewhere, or one that holds classes since renamed, opens as well.
+For exports. Nothing in a checkpoint is executed: its pickles are read by an exact list of names (``_ALLOWED``), and
+every other name is replaced by an inert stand-in, so a file from elsewhere, or one that holds classes since renamed,
+opens as well.
 """
 
 import logging
 import pickle
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as checkpoint_metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from qwen3_lit.errors import UserError
 from qwen3_lit.model.config import ModelConfig
@@ -67,7 +70,7 @@ def read_training_checkpoint(path: str | Path, config: ModelConfig | None = None
         found = rest.get("state_dict")
         if not isinstance(found, Mapping):
             raise UserError(f"{path}: no state_dict inside, expected a checkpoint of a Lightning run")
-        storage = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        storage = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
     prefix, names = _backbone(storage, path)
     weights: Mapping[str, Tensor] = _Renamed(storage, names) if isinstance(storage, LazyWeights) else {
         name: storage[stored] for name, stored in names.items()
@@ -80,7 +83,7 @@ def read_training_checkpoint(path: str | Path, config: ModelConfig | None = None
     left_out = [name for name in storage if name not in names.values() and not name.startswith("optimizer_")]
     if left_out:
         logger.warning("%s: %d tensors outside %r are left out, such as %s", path, len(left_out), prefix, left_out[0])
-    return TrainingCheckpoint(weights, config, tokenizer)
+    return TrainingCheckpoint(weights, config, tokenizer if isinstance(tokenizer, str) else None)
 
 
 def _backbone(storage: Mapping[str, Tensor], path: Path) -> tuple[str, dict[str, str]]:
@@ -110,7 +113,7 @@ def _recipe(path: Path) -> dict[str, Any]:
         if file.is_file():
             try:
                 content = yaml.safe_load(file.read_text(encoding="utf-8"))
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise UserError(f"{file}: not valid YAML ({error}); name the configuration by --config") from error
             return content if isinstance(content, dict) else {}
     return {}
@@ -170,26 +173,36 @@ class _DistributedTensors(LazyWeights):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         try:
-            entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{folder}: the distributed checkpoint is damaged ({error}); take another one") from error
-        self._entries = {name: e for name, e in entries.items() if isinstance(e, TensorStorageMetadata)}
+            self._reader = _InertReader(folder)
+            self._entries = {
+                name: (torch.Size(entry.size), entry.properties.dtype)
+                for name, entry in self._reader.metadata.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
+            odd = [name for name, (_, dtype) in self._entries.items() if not isinstance(dtype, torch.dtype)]
+            if odd or not all(isinstance(name, str) for name in self._entries):
+                raise ValueError("entries without a name or a type")
+        except Exception as error:  # a damaged pickle raises nearly every type
+            raise UserError(
+                f"{folder}: .metadata of the distributed checkpoint is damaged ({_reason(error)}); take another one"
+            ) from error
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return self._entries[name].properties.dtype
+        return self._entries[name][1]
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        return tuple(self._entries[name].size)
+        return tuple(self._entries[name][0])
 
     def __getitem__(self, name: str) -> Tensor:
-        whole = {name: torch.empty(self.shape_of(name), dtype=self.dtype_of(name))}
         try:
+            whole = {name: torch.empty(self.shape_of(name), dtype=self.dtype_of(name))}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
-                dcp.load(whole, storage_reader=dcp.FileSystemReader(self._folder), no_dist=True)
-        except (OSError, EOFError, RuntimeError, dcp.api.CheckpointException) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"{self._folder}: {name} cannot be read ({reason}); take another checkpoint") from error
+                dcp.load(whole, storage_reader=self._reader, no_dist=True)
+        except (Exception, dcp.api.CheckpointException) as error:  # the latter is a BaseException
+            raise UserError(
+                f"{self._folder}: {name} cannot be read ({_reason(error)}); take another checkpoint"
+            ) from error
         return whole[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -197,6 +210,22 @@ class _DistributedTensors(LazyWeights):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+class _InertReader(dcp.FileSystemReader):
+    """torch's reader unpickles .metadata with whatever that names; the shards it reads with ``weights_only``."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        with (folder / ".metadata").open("rb") as file:
+            self.metadata: Metadata = _InertUnpickler(file).load()
+        if not isinstance(self.metadata, Metadata):
+            raise ValueError(f"seen {type(self.metadata).__name__}, expected Metadata")
+        self.metadata.storage_meta = StorageMeta(load_id=self.load_id)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What ``dcp.load`` asks for, once a tensor: unpickled once only."""
+        return self.metadata
 
 
 class _Inert(dict[Any, Any]):
@@ -221,33 +250,56 @@ class _Inert(dict[Any, Any]):
     __hash__ = object.__hash__  # type: ignore[assignment]
 
 
-_HARMLESS: dict[tuple[str, str], Any] = {
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
-    ("builtins", "slice"): slice,
-    ("collections", "OrderedDict"): OrderedDict,
-}
-_TORCH_MODULES = ("torch", "torch._utils", "torch.storage", "torch.nn.parameter")
+_OBJECTS = (
+    set,
+    frozenset,
+    slice,
+    OrderedDict,
+    torch.Size,
+    torch.device,
+    torch.UntypedStorage,
+    torch._utils._rebuild_tensor,
+    torch._utils._rebuild_tensor_v2,
+    torch._utils._rebuild_tensor_v3,
+    torch._utils._rebuild_parameter,
+    torch._utils._rebuild_parameter_with_state,
+    # .metadata of a distributed checkpoint
+    Metadata,
+    TensorStorageMetadata,
+    checkpoint_metadata.TensorProperties,
+    checkpoint_metadata.ChunkStorageMetadata,
+    checkpoint_metadata.MetadataIndex,
+    checkpoint_metadata._MEM_FORMAT_ENCODING,
+    filesystem._StorageInfo,
+)
+_ALLOWED: dict[tuple[str, str], Any] = {(found.__module__, found.__name__): found for found in _OBJECTS}
+_ALLOWED |= {("torch", name): found for name, found in vars(torch).items() if isinstance(found, torch.dtype)}
+"""What a pickle may name: none of it reads or writes a file, imports, or calls what it is given.
+
+Whole names only. Protocol 4 resolves dots: ``_rebuild_tensor.__builtins__.get`` of an allowed module leads to eval.
+"""
 
 
 class _InertUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _HARMLESS:
-            return _HARMLESS[module, name]
-        rebuilds = name.startswith("_rebuild_") or name.endswith("Storage") or name in ("Size", "device", "_set_dtype")
-        if module in _TORCH_MODULES and (rebuilds or isinstance(getattr(torch, name, None), torch.dtype)):
-            found: Callable[..., Any] = super().find_class(module, name)
-            return found
-        return type(name, (_Inert,), {})
+        return _ALLOWED.get((module, name)) or type(name, (_Inert,), {})
 
 
 def _load_inert(file: Path) -> dict[str, Any]:
-    stand_in = SimpleNamespace(Unpickler=_InertUnpickler, load=pickle.load, __name__="inert_pickle")
+    stand_in = SimpleNamespace(Unpickler=_InertUnpickler, __name__="inert_pickle")
     try:
+        # torch.load hands such an archive to torch.jit.load, which runs the TorchScript code inside.
+        if "constants.pkl" in torch._C.PyTorchFileReader(str(file)).get_all_records():
+            raise ValueError("a TorchScript archive")
         content = torch.load(file, map_location="cpu", pickle_module=stand_in, weights_only=False, mmap=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{file}: truncated or not a checkpoint ({reason}); take another one") from error
+    except Exception as error:  # a damaged pickle raises nearly every type
+        raise UserError(f"{file}: truncated or not a checkpoint ({_reason(error)}); take another one") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: seen {type(content).__name__}, expected a checkpoint of a Lightning run")
     return content
+
+
+def _reason(error: BaseException) -> str:
+    """One line: the last one of torch's CheckpointException, which quotes a traceback; else the first."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if isinstance(error, dcp.api.CheckpointException) else 0]
