@@ -37,6 +37,10 @@ class YarnConfig:
             self.original_max_position_embeddings,
             "a positive number of tokens",
         )
+        slow, fast = self.beta_slow, self.beta_fast
+        _require(0 < slow <= fast, "rope_scaling.beta_slow", slow, f"between 0 and beta_fast = {fast}")
+        factor = self.attention_factor
+        _require(factor is None or factor > 0, "rope_scaling.attention_factor", factor, "a positive number or null")
 
 
 @dataclass
@@ -139,6 +143,11 @@ class ModelConfig:
                 self.num_experts_per_tok,
                 f"between 1 and num_experts = {self.num_experts}",
             )
+        last = self.num_hidden_layers - 1
+        for layer in self.mlp_only_layers:
+            _require(0 <= layer <= last, "mlp_only_layers", self.mlp_only_layers, f"layers between 0 and {last}")
+        _require(self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "a positive number")
+        _require(self.initializer_range >= 0, "initializer_range", self.initializer_range, "0 or more")
         _require(self.rope_theta > 1, "rope_theta", self.rope_theta, "more than 1")
         _require(
             self.attention_backend in ("auto", "flash", "triton", "sdpa"),

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ _DIMENSIONS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_
 _MOE_DIMENSIONS = ("num_experts_per_tok", "moe_intermediate_size")
 _UNSUPPORTED = {
     "attention_bias": False,
+    "attention_dropout": 0.0,
     "use_sliding_window": False,
     "hidden_act": "silu",
     "quantization_config": None,
@@ -55,7 +57,7 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
     file = config_path(path)
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON: {error}; copy or download the file again") from error
     if not isinstance(raw, dict):
         raise UserError(f"{file}: seen a JSON {type(raw).__name__}, expected an object with model_type")
@@ -99,9 +101,58 @@ def _checked(kind: type, values: Mapping[str, Any], where: str) -> Any:
         raise UserError(f"{where}: {error}") from error
 
 
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+    """Typed fields of a JSON object. A null means the default, as in transformers; another type is a UserError."""
+
+    raw: Mapping[str, Any]
+    where: str
+    """What a message puts before a field's name."""
+
+    def refusal(self, key: str, expected: str) -> UserError:
+        return UserError(f"{self.where}{key}: seen {json.dumps(self.raw.get(key))}, expected {expected}")
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """Without a default the field is required."""
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.refusal(key, "a whole number")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.raw.get(key)
+        value = default if value is None else value
+        finite = isinstance(value, int | float) and abs(value) <= sys.float_info.max
+        if not finite or isinstance(value, bool):
+            raise self.refusal(key, "a number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise self.refusal(key, "true or false")
+        return value
+
+    def items(self, key: str, kind: type, expected: str) -> list[Any]:
+        value = self.raw.get(key)
+        value = [] if value is None else value
+        if not isinstance(value, list) or any(type(item) is not kind for item in value):
+            raise self.refusal(key, expected)
+        return value
+
+    def block(self, key: str, expected: str) -> "_Fields":
+        """A nested object, empty where there is none."""
+        value = self.raw.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.refusal(key, expected)
+        return _Fields(value or {}, f"{self.where}{key}.")
+
+
 def _config_fields(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     model_type = raw.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         seen = "no model_type" if model_type is None else f"model_type {model_type!r}"
         raise UserError(
             f"{file}: seen {seen}, expected qwen3 or qwen3_moe; only Qwen3 dense and mixture-of-experts "
@@ -110,130 +161,121 @@ def _config_fields(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     for key, supported in _UNSUPPORTED.items():
         if raw.get(key, supported) not in (supported, None):
             raise UserError(f"{file}: {key}: seen {raw[key]!r}, expected {supported!r}; this variant is not supported")
-    for index, kind in enumerate(raw.get("layer_types") or ()):
+    config = _Fields(raw, f"{file}: ")
+    for index, kind in enumerate(config.items("layer_types", str, "a list of names")):
         if kind != "full_attention":
             raise UserError(f"{file}: layer_types[{index}]: seen {kind!r}, expected 'full_attention'")
 
-    def needed(key: str) -> int:
-        value = raw.get(key)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise UserError(f"{file}: {key}: seen {json.dumps(value)}, expected a whole number")
-        return value
-
-    fields: dict[str, Any] = {key: needed(key) for key in _DIMENSIONS}
-    fields["head_dim"] = needed("head_dim") if raw.get("head_dim") is not None else _default_head_dim(raw, file)
-    fields["rms_norm_eps"] = float(raw.get("rms_norm_eps", 1e-6))
-    fields["initializer_range"] = float(raw.get("initializer_range", 0.02))
-    fields["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", False))
-    fields["max_position_embeddings"] = int(raw.get("max_position_embeddings", 32768))
+    fields: dict[str, Any] = {key: config.whole(key) for key in _DIMENSIONS}
+    fields["head_dim"] = config.whole("head_dim") if raw.get("head_dim") is not None else _default_head_dim(raw, file)
+    fields["rms_norm_eps"] = config.number("rms_norm_eps", 1e-6)
+    fields["initializer_range"] = config.number("initializer_range", 0.02)
+    fields["tie_word_embeddings"] = config.flag("tie_word_embeddings", False)
+    fields["max_position_embeddings"] = config.whole("max_position_embeddings", 32768)
     if model_type == "qwen3":
-        fields |= {"num_experts": 0, "intermediate_size": needed("intermediate_size")}
+        fields |= {"num_experts": 0, "intermediate_size": config.whole("intermediate_size")}
     else:
-        fields |= {key: needed(key) for key in _MOE_DIMENSIONS}
-        fields["num_experts"] = _same_number(raw, ("num_experts", "num_local_experts"), file)
+        fields |= {key: config.whole(key) for key in _MOE_DIMENSIONS}
+        fields["num_experts"] = _num_experts(config)
         if raw.get("intermediate_size") is not None:
-            fields["intermediate_size"] = needed("intermediate_size")
-        fields["decoder_sparse_step"] = int(raw.get("decoder_sparse_step", 1))
-        fields["mlp_only_layers"] = [int(layer) for layer in raw.get("mlp_only_layers") or ()]
-        if "norm_topk_prob" not in raw:
+            fields["intermediate_size"] = config.whole("intermediate_size")
+        fields["decoder_sparse_step"] = config.whole("decoder_sparse_step", 1)
+        fields["mlp_only_layers"] = list(config.items("mlp_only_layers", int, "a list of layer numbers"))
+        if raw.get("norm_topk_prob") is None:
             logger.warning("%s: norm_topk_prob is missing and taken as false, transformers' default", file)
-        fields["norm_topk_prob"] = bool(raw.get("norm_topk_prob", False))
-    fields["rope_theta"], fields["rope_scaling"] = _read_rope(raw, file, fields["max_position_embeddings"])
-    fields["dual_chunk"] = _read_dual_chunk(raw.get("dual_chunk_attention_config"), file)
+        fields["norm_topk_prob"] = config.flag("norm_topk_prob", False)
+    fields["rope_theta"], fields["rope_scaling"] = _read_rope(config, fields["max_position_embeddings"])
+    fields["dual_chunk"] = _read_dual_chunk(config)
     return fields
 
 
 def _default_head_dim(raw: dict[str, Any], file: Path) -> int:
     """transformers' rule: 128 for the dense class, hidden / heads for the mixture of experts."""
-    head_dim = 128 if raw["model_type"] == "qwen3" else raw["hidden_size"] // raw["num_attention_heads"]
+    heads = max(raw["num_attention_heads"], 1)  # a model without heads is refused by ModelConfig, by name
+    head_dim = 128 if raw["model_type"] == "qwen3" else raw["hidden_size"] // heads
     logger.warning("%s: head_dim is missing and taken as %d, transformers' default", file, head_dim)
     return head_dim
 
 
-def _same_number(raw: dict[str, Any], keys: tuple[str, ...], file: Path) -> int:
-    found = {key: raw[key] for key in keys if raw.get(key) is not None}
-    if not found:
-        raise UserError(f"{file}: {keys[0]}: missing, expected a whole number")
+def _num_experts(config: _Fields) -> int:
+    keys = [key for key in ("num_experts", "num_local_experts") if config.raw.get(key) is not None]
+    if not keys:
+        raise UserError(f"{config.where}num_experts: missing, expected a whole number")
+    found = {key: config.whole(key) for key in keys}
     if len(set(found.values())) > 1:
-        raise UserError(f"{file}: {_spelled(found)} disagree; old and new transformers would load different models")
-    value = next(iter(found.values()))
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"{file}: {next(iter(found))}: seen {value!r}, expected a whole number of at least 1")
-    return value
+        raise UserError(
+            f"{config.where}{_spelled(found)} disagree; old and new transformers would load different models"
+        )
+    if found[keys[0]] < 1:
+        raise config.refusal(keys[0], "a whole number of at least 1")
+    return found[keys[0]]
 
 
 def _spelled(found: Mapping[str, Any]) -> str:
     return " and ".join(f"{key} = {json.dumps(value)}" for key, value in found.items())
 
 
-def _read_rope(raw: dict[str, Any], file: Path, max_positions: int) -> tuple[float, YarnConfig | None]:
-    new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+def _read_rope(config: _Fields, max_positions: int) -> tuple[float, YarnConfig | None]:
+    old, new = (config.block(key, "an object with rope_type") for key in ("rope_scaling", "rope_parameters"))
     bases = {
-        key: float(value)
-        for key, value in (
-            ("rope_theta", raw.get("rope_theta")),
-            ("rope_parameters.rope_theta", new.get("rope_theta")),
-            ("rope_scaling.rope_theta", old.get("rope_theta")),
-        )
-        if value is not None
+        f"{prefix}rope_theta": fields.number("rope_theta", 10000.0)
+        for prefix, fields in (("", config), ("rope_parameters.", new), ("rope_scaling.", old))
+        if fields.raw.get("rope_theta") is not None
     }
     if len(set(bases.values())) > 1:
-        raise UserError(f"{file}: {_spelled(bases)} disagree; keep one value")
+        raise UserError(f"{config.where}{_spelled(bases)} disagree; keep one value")
     if not bases:
-        logger.warning("%s: rope_theta is missing and taken as 10000, transformers' default", file)
+        logger.warning("%srope_theta is missing and taken as 10000, transformers' default", config.where)
     base = next(iter(bases.values()), 10000.0)
-    blocks = {
-        name: _read_yarn(block, f"{file}: {name}", max_positions)
-        for name, block in (("rope_scaling", old), ("rope_parameters", new))
-        if block
-    }
     # A file in the new spelling alone has no rope_scaling; a null there says nothing.
-    if len(blocks) == 2 and blocks["rope_scaling"] != blocks["rope_parameters"]:
+    blocks = [_read_yarn(block, max_positions) for block in (old, new) if block.raw]
+    if len(blocks) == 2 and blocks[0] != blocks[1]:
         raise UserError(
-            f"{file}: rope_scaling and rope_parameters disagree; old and new transformers would load different models: "
-            "make them equal or delete one"
+            f"{config.where}rope_scaling and rope_parameters disagree; old and new transformers would load different "
+            "models: make them equal or delete one"
         )
-    return base, next(iter(blocks.values()), None)
+    return base, next(iter(blocks), None)
 
 
-def _read_yarn(block: Any, where: str, max_positions: int) -> YarnConfig | None:
-    if not isinstance(block, dict):
-        raise UserError(f"{where}: seen {block!r}, expected an object with rope_type")
-    kind = block.get("rope_type", block.get("type", "default"))
-    if float(block.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UserError(f"{where}.partial_rotary_factor: seen {block['partial_rotary_factor']}, expected 1.0")
+def _read_yarn(block: _Fields, max_positions: int) -> YarnConfig | None:
+    kind = block.raw.get("rope_type", block.raw.get("type", "default"))
+    if block.number("partial_rotary_factor", 1.0) != 1.0:
+        raise block.refusal("partial_rotary_factor", "1.0")
     if kind == "default":
         return None
     if kind != "yarn":
-        raise UserError(f"{where}.rope_type: seen {kind!r}, expected 'default' or 'yarn'; remove the block or use YaRN")
-    original = int(block.get("original_max_position_embeddings") or max_positions)
-    factor = float(block.get("factor") or max_positions / original)
-    attention_factor = block.get("attention_factor")
-    mscale, mscale_all = block.get("mscale"), block.get("mscale_all_dim")
-    if attention_factor is None and mscale and mscale_all and factor > 1:
+        raise UserError(
+            f"{block.where}rope_type: seen {kind!r}, expected 'default' or 'yarn'; remove the block or use YaRN"
+        )
+    original = block.whole("original_max_position_embeddings", max_positions)
+    factor = block.number("factor", max_positions / max(original, 1))
+    attention_factor = None
+    mscale, mscale_all = block.number("mscale", 0.0), block.number("mscale_all_dim", 0.0)
+    if block.raw.get("attention_factor") is not None:
+        attention_factor = block.number("attention_factor", 1.0)
+    elif mscale and mscale_all and factor > 1:
         attention_factor = (0.1 * mscale * math.log(factor) + 1) / (0.1 * mscale_all * math.log(factor) + 1)
     values = {
         "factor": factor,
         "original_max_position_embeddings": original,
-        "beta_fast": float(block.get("beta_fast") or 32),
-        "beta_slow": float(block.get("beta_slow") or 1),
+        "beta_fast": block.number("beta_fast", 32.0),
+        "beta_slow": block.number("beta_slow", 1.0),
         "attention_factor": attention_factor,
-        "truncate": bool(block.get("truncate", True)),
+        "truncate": block.flag("truncate", True),
     }
-    return _checked(YarnConfig, values, where)
+    return _checked(YarnConfig, values, block.where.removesuffix("."))
 
 
-def _read_dual_chunk(block: Any, file: Path) -> DualChunkConfig | None:
-    if not block:
+def _read_dual_chunk(config: _Fields) -> DualChunkConfig | None:
+    block = config.block("dual_chunk_attention_config", "an object with chunk_size and local_size")
+    if not block.raw:
         return None
-    where = f"{file}: dual_chunk_attention_config"
-    if not isinstance(block, dict):
-        raise UserError(f"{where}: seen {block!r}, expected an object with chunk_size and local_size")
+    where = block.where.removesuffix(".")
     # Length temperature and sparse attention are inference options of vLLM's former backend.
-    ignored = [key for key in ("original_max_position_embeddings", "sparse_attention_enabled") if block.get(key)]
+    ignored = [key for key in ("original_max_position_embeddings", "sparse_attention_enabled") if block.raw.get(key)]
     if ignored:
         logger.warning("%s: %s not applied: dual chunk attention is computed exactly", where, " and ".join(ignored))
-    values = {"chunk_size": block.get("chunk_size", 8192), "local_size": block.get("local_size", 1024)}
+    values = {"chunk_size": block.whole("chunk_size", 8192), "local_size": block.whole("local_size", 1024)}
     return _checked(DualChunkConfig, values, where)
 
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen3_lit.errors import UserError
-from qwen3_lit.model.config import ModelConfig
+from qwen3_lit.model.config import ModelConfig, YarnConfig
 from qwen3_lit.model.hf_checkpoint import load_hf, save_hf
-from qwen3_lit.model.hf_config import hf_config_dict
+from qwen3_lit.model.hf_config import hf_config_dict, read_hf_config
 from qwen3_lit.model.transformer import Qwen3
 
 MOE = ModelConfig(
@@ -172,10 +172,81 @@ def test_configs_that_do_not_fit(folder: Path, changes: dict[str, Any], parts: t
     assert_refused(folder, "config.json", *parts)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model_type", ["qwen3"]),
+        ("num_attention_heads", 0),
+        ("rms_norm_eps", "1e-6"),
+        ("rms_norm_eps", -1),
+        ("rms_norm_eps", float("nan")),
+        ("initializer_range", [0.02]),
+        ("initializer_range", 10**400),
+        ("tie_word_embeddings", "false"),
+        ("norm_topk_prob", "false"),
+        ("norm_topk_prob", 1),
+        ("max_position_embeddings", 4096.5),
+        ("decoder_sparse_step", "1"),
+        ("mlp_only_layers", 5),
+        ("mlp_only_layers", [99]),
+        ("mlp_only_layers", ["0"]),
+        ("layer_types", 5),
+        ("num_experts", [1]),
+        ("num_experts", "4"),
+        ("attention_dropout", 0.1),
+        ("rope_theta", "a"),
+        ("rope_scaling", "yarn"),
+        ("rope_parameters", "x"),
+        ("rope_scaling.rope_type", ["yarn"]),
+        ("rope_scaling.factor", "x"),
+        ("rope_scaling.factor", 0),
+        ("rope_scaling.original_max_position_embeddings", 0),
+        ("rope_scaling.attention_factor", "1.2"),
+        ("rope_scaling.attention_factor", -1),
+        ("rope_scaling.beta_slow", 0),
+        ("rope_scaling.mscale", "x"),
+        ("rope_scaling.partial_rotary_factor", "x"),
+        ("rope_scaling.truncate", "false"),
+        ("dual_chunk_attention_config", [8192]),
+        ("dual_chunk_attention_config.chunk_size", "8192"),
+        ("dual_chunk_attention_config.chunk_size", 8192.5),
+    ],
+)
+def test_config_fields_of_another_type_or_out_of_range(folder: Path, field: str, value: Any) -> None:
+    block, _, key = field.rpartition(".")
+    if block == "rope_scaling":
+        edit(folder, rope_parameters=..., rope_scaling={**YARN, key: value})
+    elif block:
+        edit(folder, **{block: {key: value}})
+    else:
+        edit(folder, num_local_experts=..., head_dim=..., **{field: value})
+    assert_refused(folder, "config.json: ", key)
+
+
+def test_a_null_in_the_config_means_the_default(folder: Path) -> None:
+    optional = ("initializer_range", "tie_word_embeddings", "max_position_embeddings", "decoder_sparse_step")
+    optional += ("mlp_only_layers", "norm_topk_prob", "rms_norm_eps", "attention_dropout", "intermediate_size")
+    edit(folder, **dict.fromkeys(optional))
+    filled = read_hf_config(folder)
+    edit(folder, **dict.fromkeys(optional, ...))
+    assert read_hf_config(folder) == filled
+    assert (filled.rms_norm_eps, filled.max_position_embeddings, filled.norm_topk_prob) == (1e-6, 32768, False)
+    yarn = {"rope_type": "yarn", **dict.fromkeys(("factor", "beta_fast", "truncate", "attention_factor"))}
+    edit(folder, rope_parameters=..., rope_scaling={**yarn, "original_max_position_embeddings": 16384})
+    assert read_hf_config(folder).rope_scaling == YarnConfig(2.0, 16384)
+
+
 def test_folders_that_are_none(tmp_path: Path) -> None:
     assert_refused(tmp_path / "nowhere", "nowhere", "no such folder")
     assert_refused(tmp_path, "config.json", "missing")
     (tmp_path / "config.json").write_text("{")
+    assert_refused(tmp_path, "config.json", "not valid JSON")
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    assert_refused(tmp_path, "config.json", "not valid JSON")
+    (tmp_path / "config.json").write_text('{"vocab_size": ' + "9" * 5000 + "}")
     assert_refused(tmp_path, "config.json", "not valid JSON")
     (tmp_path / "config.json").write_text("[]")
     assert_refused(tmp_path, "config.json", "list")
