@@ -7,6 +7,7 @@ phases that the weights went through; ``README.md`` is the model card.
 import logging
 import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from qwen3_lit.callbacks.model_card import write_model_card
 from qwen3_lit.callbacks.phase_record import PHASE_FILE, git_commit, is_trial, read_record, write_record
 from qwen3_lit.errors import UserError
+from qwen3_lit.model.failing_together import failing_together
 from qwen3_lit.model.folder_swap import swapped_folder
 from qwen3_lit.model.hf_weights import is_hf_folder
 from qwen3_lit.modules.phase_module import PhaseModule
@@ -86,20 +88,18 @@ class HFExport(Checkpoint):
         log.info("exported %s", target)
 
     def _export(self, trainer: L.Trainer, module: PhaseModule, target: Path) -> None:
-        """Every rank takes part in gathering; rank 0 swaps the finished folder in."""
-        if not trainer.is_global_zero:
-            trainer.strategy.barrier("hf_export_begin")
-            module.export(target)
-            trainer.strategy.barrier("hf_export_end")
-            return
-        with swapped_folder(target, is_hf_folder) as incoming:
-            trainer.strategy.barrier("hf_export_begin")
+        """Every rank takes part in gathering; rank 0 swaps the finished folder in. They succeed or fail together."""
+        with failing_together(), ExitStack() as stack:
+            incoming = target
+            with failing_together():
+                if trainer.is_global_zero:
+                    incoming = stack.enter_context(swapped_folder(target, is_hf_folder))
             module.export(incoming)
-            phases = self._phases(trainer, module)
-            write_record(incoming / PROVENANCE_FILE, {"phases": phases})
-            record = read_record(Path(trainer.default_root_dir) / PHASE_FILE)
-            write_model_card(incoming, module.config, phases, record)
-            trainer.strategy.barrier("hf_export_end")
+            if trainer.is_global_zero:
+                phases = self._phases(trainer, module)
+                write_record(incoming / PROVENANCE_FILE, {"phases": phases})
+                record = read_record(Path(trainer.default_root_dir) / PHASE_FILE)
+                write_model_card(incoming, module.config, phases, record)
 
     def _phases(self, trainer: L.Trainer, module: PhaseModule) -> list[dict[str, Any]]:
         """The phases behind ``init_from``, and this one."""

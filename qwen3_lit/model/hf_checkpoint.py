@@ -6,7 +6,8 @@ accepted half: a missing, unexpected, misshapen or cut-off tensor is a UserError
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from qwen3_lit.errors import UserError
 from qwen3_lit.model.config import ModelConfig
 from qwen3_lit.model.cost import parameter_shapes
+from qwen3_lit.model.failing_together import failing_together
 from qwen3_lit.model.folder_swap import swapped_folder
 from qwen3_lit.model.hf_companions import (
     CARD_FILE,
@@ -113,8 +115,8 @@ def save_hf(
 ) -> None:
     """Write a folder that transformers (4 and 5), vLLM and ``load_hf`` load. It appears complete or not at all.
 
-    Sharded parameters are gathered one by one: every rank has to call it then, and rank 0 writes. Otherwise the
-    call needs no other rank.
+    Sharded parameters are gathered one by one: every rank has to call it then, rank 0 writes, and what it raises every
+    rank raises. Otherwise the call needs no other rank.
 
     Args:
         model_or_state_dict: a ``Qwen3``, its state_dict, or any mapping with its parameter names.
@@ -143,31 +145,46 @@ def save_hf(
             raise UserError(f"{name}: seen type {kind}, expected a floating-point type of {', '.join(TORCH_DTYPES)}")
     plan = [(name, piece) for name, shape in shapes.items() for piece in pieces(name, shape, known_layout)]
     shards = _shards(plan, types, max_shard_bytes)
-    source = _Source(state)
-    if not _is_writer():
-        for shard in shards:
-            for name, _ in shard:
-                source.whole(name)  # takes part in gathering
-        return
-    with swapped_folder(Path(path), is_hf_folder) as folder:
-        main_dtype = str(types["embed_tokens.weight"]).removeprefix("torch.")
-        _write_companions(folder, config, main_dtype, tokenizer_dir, generation_config, model_card)
-        _write_weights(folder, shards, types, source.piece)
+    source = _Source(state, shapes)
+    together = failing_together if source.to_gather else nullcontext
+    with together(), ExitStack() as stack:
+        with together():  # nobody gathers before rank 0 knows that it can write
+            if _is_writer():
+                folder = stack.enter_context(swapped_folder(Path(path), is_hf_folder))
+                main_dtype = str(types["embed_tokens.weight"]).removeprefix("torch.")
+                _write_companions(folder, config, main_dtype, tokenizer_dir, generation_config, model_card)
+        if not _is_writer():
+            source.gather_rest()
+            return
+        try:
+            _write_weights(folder, shards, types, source.piece)
+        except Exception:
+            source.gather_rest()  # the other ranks wait in these collectives
+            raise
 
 
 class _Source:
     """Whole parameters of a state_dict, gathered when sharded; the latest one is kept for its pieces."""
 
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
+    def __init__(self, state: Mapping[str, Tensor], names: Iterable[str]) -> None:
         self._state = state
         self._latest: tuple[str, Tensor] | None = None
+        lazy = isinstance(state, LazyWeights)
+        self.to_gather = [] if lazy else [name for name in names if isinstance(state[name], DTensor)]
 
     def whole(self, name: str) -> Tensor:
         if self._latest is None or self._latest[0] != name:
             self._latest = None
             tensor = self._state[name].detach()
             self._latest = (name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+            if isinstance(tensor, DTensor):
+                self.to_gather.remove(name)
         return self._latest[1]
+
+    def gather_rest(self) -> None:
+        """Take part in gathering what has not been gathered, in order."""
+        for name in list(self.to_gather):
+            self.whole(name)
 
     def piece(self, name: str, piece: Piece) -> Tensor:
         tensor = self.whole(name)

@@ -1,6 +1,10 @@
 """The folder that the next phase starts from."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +54,33 @@ def test_a_failed_export_leaves_the_old_folder(fit: Any, tmp_path: Path, monkeyp
     monkeypatch.undo()
     fit(max_steps=6)
     assert (tmp_path / "phase" / "hf" / "model.safetensors").read_bytes() != weights
+
+
+def test_ranks_fail_and_succeed_together(tokenizer_dir: str, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    script = str(Path(__file__).with_name("export_rank.py"))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(tmp_path), tokenizer_dir],
+            env={**os.environ, "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in ranks:
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, output[-4000:]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "thesis"]
 
 
 def test_kept_checkpoints_have_their_own_folders(fit: Any, tmp_path: Path) -> None:

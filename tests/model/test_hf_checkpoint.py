@@ -1,9 +1,11 @@
 """Hugging Face folders: both layouts bit for bit, files that old and new transformers read, and every refusal."""
 
 import dataclasses
+import datetime as dt
 import hashlib
 import json
 import os
+import resource
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -401,20 +403,26 @@ def test_exporting_what_is_no_qwen3(tmp_path: Path, caplog) -> None:
 # ---- sharded parameters
 
 
-def _sharded_rank(rank: int, folder: str) -> None:
+def _sharded_model(rank: int, folder: str) -> Qwen3:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    seconds = dt.timedelta(seconds=20)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=seconds)
     mesh = init_device_mesh("cpu", (2,))
     model = Qwen3(MOE)
     for block in model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     load_hf_weights(model, f"{folder}/a")
+    return model
+
+
+def _sharded_rank(rank: int, folder: str) -> None:
+    model = _sharded_model(rank, folder)
     save_hf(model, MOE, f"{folder}/b", max_shard_bytes=4000)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -425,3 +433,30 @@ def test_two_ranks_load_and_save_their_shards(tmp_path: Path) -> None:
     save_hf(model, MOE, tmp_path / "a", max_shard_bytes=4000)
     mp.spawn(_sharded_rank, args=(str(tmp_path),), nprocs=2)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+def _failing_rank(rank: int, folder: str) -> None:
+    model = _sharded_model(rank, folder)
+    with pytest.raises(UserError, match=r"thesis: holds files"):
+        save_hf(model, MOE, f"{folder}/thesis")
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        save_hf(model, MOE, f"{folder}/b", tokenizer_dir=f"{folder}/thesis")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 0:  # the disk of rank 0 is full after the first parameter
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    with pytest.raises(OSError, match="File too large"):
+        save_hf(model, MOE, f"{folder}/b")
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not os.path.exists(f"{folder}/b")
+    save_hf(model, MOE, f"{folder}/b", max_shard_bytes=4000)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_what_rank_0_fails_at_ends_both_ranks_with_its_error(tmp_path: Path) -> None:
+    save_hf(model_of(MOE), MOE, tmp_path / "a", max_shard_bytes=4000)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
+    mp.spawn(_failing_rank, args=(str(tmp_path),), nprocs=2)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a", "b", "store", "thesis"}
