@@ -3,6 +3,7 @@
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class LazyWeights(Mapping[str, Tensor]):
 
     @abstractmethod
     def dtype_of(self, name: str) -> torch.dtype:
-        """The type on disk, without reading the weight."""
+        """The type of the weight, without reading it."""
 
     @abstractmethod
     def shape_of(self, name: str) -> tuple[int, ...]:
@@ -99,8 +100,9 @@ class HfWeights(LazyWeights):
             )
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The type of a parameter on disk (that of its first piece)."""
-        return TORCH_DTYPES[self._entries[self._pieces[name][0].key].dtype]
+        """The type on disk; where experts are of several types, the smallest one that keeps every bit of each."""
+        types = (TORCH_DTYPES[self._entries[piece.key].dtype] for piece in self._pieces[name])
+        return reduce(torch.promote_types, types)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape that the configuration gives the parameter, which the headers agreed with."""

@@ -112,6 +112,19 @@ def test_quantized_tensor(folder: Path) -> None:
     assert_refused(folder, "model.norm.weight", "I8", "quantized")
 
 
+def test_experts_of_several_types_keep_every_bit(folder: Path) -> None:
+    key = "model.layers.1.mlp.experts.{}.down_proj.weight"
+    torch.manual_seed(0)
+    experts = [torch.randn(16, 8).to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    rewrite(folder, **{key.format(expert): value for expert, value in enumerate(experts)})
+    loaded = load_hf(folder).layers[1].mlp.experts.down_proj
+    assert loaded.dtype == torch.float32
+    for expert, value in enumerate(experts):
+        assert torch.equal(loaded[expert], value.float()), expert
+    rewrite(folder, **{key.format(expert): experts[0].clone() for expert in range(4)})
+    assert load_hf(folder).layers[1].mlp.experts.down_proj.dtype == torch.bfloat16
+
+
 def test_fewer_layers_in_the_config_than_in_the_weights(folder: Path) -> None:
     edit(folder, num_hidden_layers=1)
     assert_refused(folder, "model.layers.1.", "is unexpected", "more)")
