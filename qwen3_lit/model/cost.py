@@ -1,4 +1,4 @@
-"""What a model costs, from its configuration alone: parameters, FLOPs and training memory. Pure functions, no torch.
+"""What a model costs, from its configuration alone: parameters and FLOPs. Pure functions, no torch.
 
 Legend: D model width, H heads, G kv heads, C head width, E experts, K experts per token, F expert width, V vocabulary,
 T tokens, L layers.
@@ -11,7 +11,6 @@ counted, and attention is counted causally, as (l + 1) / 2 keys for an average q
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 
 from qwen3_lit.model.config import ModelConfig
 
@@ -117,99 +116,3 @@ def flops_per_token(config: ModelConfig, seq_len: float) -> float:
     ``training_flops``: the longest ones dominate the attention term and an average length underestimates it.
     """
     return training_flops(config, [seq_len]) / seq_len if seq_len else 0.0
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Training memory of one rank in bytes, by part."""
-
-    parameters: float
-    """Master weights."""
-    gradients: float
-    """Gradients of the master weights."""
-    optimizer_state: float
-    """Moments."""
-    working_weights: float
-    """Weights gathered and cast for compute: what is alive at once."""
-    activations: float
-    """What autograd keeps of the blocks."""
-    head: float
-    """Logits of one chunk and the hidden states' gradient."""
-
-    @property
-    def total(self) -> float:
-        """Sum of the parts; allocator overhead and communication buffers come on top (5 to 10 %)."""
-        return sum(asdict(self).values())
-
-    def describe(self) -> str:
-        """One line a part, in GB."""
-        rows = [*asdict(self).items(), ("total", self.total)]
-        return "\n".join(f"{name.replace('_', ' '):<16} {value / 1e9:9.3f} GB" for name, value in rows)
-
-
-def activation_bytes_per_token(config: ModelConfig, layer: int, *, compute_bytes: int = 2) -> float:
-    """What autograd keeps of one token in block ``layer`` without recomputation, in bytes.
-
-    Counts the inputs that each operation saves: both norms, the projections (sharing one input), q and k before and
-    after norm and rotation, attention's output and its float32 logsumexp, router logits and probabilities in float32,
-    the expert rows gathered, their gate, up and product, and the weighted output rows.
-    """
-    D, C, H, G = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
-    attention = 2 * D + 2 * (H + G) * C + G * C + H * C
-    if config.is_moe_layer(layer):
-        K, F, E = config.num_experts_per_tok, config.moe_intermediate_size, config.num_experts
-        feed_forward = 2 * D + K * (2 * D + 4 * F)
-        routing = 4 * (2 * E + 2 * K) + 8 * 2 * K
-    else:
-        feed_forward = 2 * D + 4 * config.intermediate_size
-        routing = 0
-    return compute_bytes * (attention + feed_forward) + 4 * H + routing
-
-
-def memory_estimate(
-    config: ModelConfig,
-    tokens: int,
-    *,
-    num_shards: int = 1,
-    activation_checkpointing: bool = False,
-    weight_bytes: int = 4,
-    gradient_bytes: int = 4,
-    optimizer_bytes: int = 8,
-    compute_bytes: int = 2,
-    logits_per_chunk: int = 1 << 24,
-) -> MemoryEstimate:
-    """Training memory of one rank, for planning: expect it within a quarter of the measured peak.
-
-    Args:
-        config: the model.
-        tokens: tokens of one micro batch on this rank.
-        num_shards: ranks that weights, gradients and optimizer states are spread over (FSDP).
-        activation_checkpointing: keep each block's input alone and one block's activations.
-        weight_bytes, gradient_bytes: of one master weight and its gradient.
-        optimizer_bytes: per weight; 8 for AdamW in float32.
-        compute_bytes: of one element in the forward pass; 2 for bfloat16.
-        logits_per_chunk: elements of logits alive at once in the losses.
-    """
-    parameters = parameter_count(config)
-    layers = range(config.num_hidden_layers)
-    kept = [tokens * activation_bytes_per_token(config, i, compute_bytes=compute_bytes) for i in layers]
-    if activation_checkpointing:
-        activations = tokens * config.hidden_size * compute_bytes * config.num_hidden_layers + max(kept)
-    else:
-        activations = sum(kept)
-    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
-    blocks = [sum(n for name, n in sizes.items() if name.startswith(f"layers.{i}.")) for i in layers]
-    working = 0.0 if compute_bytes == weight_bytes else float(compute_bytes * parameters)
-    if num_shards > 1:
-        # FSDP gathers the block at work and prefetches the next one; embedding and head stay gathered.
-        outside = sum(n for name, n in sizes.items() if not name.startswith("layers."))
-        working = float(compute_bytes * (2 * max(blocks) + outside))
-    return MemoryEstimate(
-        parameters=weight_bytes * parameters / num_shards,
-        gradients=gradient_bytes * parameters / num_shards,
-        optimizer_state=optimizer_bytes * parameters / num_shards,
-        working_weights=working,
-        activations=activations,
-        head=2.0 * 4 * min(logits_per_chunk, tokens * config.vocab_size)
-        + 2 * compute_bytes * tokens * config.hidden_size,
-    )
