@@ -160,7 +160,8 @@ class Qwen3(nn.Module):
         self, routings: list[Routing], token_ids_T: Tensor, token_mask_T: Tensor | None, record: bool
     ) -> RoutingStats:
         if token_mask_T is None:
-            num_tokens = torch.tensor(token_ids_T.shape[0], device=token_ids_T.device)
+            # torch.tensor would copy from pageable memory, which waits for everything queued on the GPU.
+            num_tokens = torch.full((), token_ids_T.shape[0], dtype=torch.int64, device=token_ids_T.device)
         else:
             num_tokens = token_mask_T.sum()
         id_type = torch.uint8 if self.config.num_experts <= 256 else torch.int16
