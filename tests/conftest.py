@@ -7,7 +7,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import random
-from collections.abc import Iterator
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,3 +59,37 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         original = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, _original=original, **kwargs: poison(_original(*args, **kwargs)))
     yield
+
+
+@pytest.fixture
+def run_ranks() -> Callable[..., list[dict[str, Any]]]:
+    """Runs a scenario of a script in one process a rank; what each rank left, in their order.
+
+    The script takes rank, world size, folder and scenario, and writes ``{scenario}_{world size}_{rank}.pt``.
+    """
+
+    def run(script: Path, scenario: str, world_size: int, folder: Path, timeout: float = 240) -> list[dict[str, Any]]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        environment = {**os.environ, "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(rank), str(world_size), str(folder), scenario],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(world_size)
+        ]
+        try:
+            for process in processes:
+                output, _ = process.communicate(timeout=timeout)
+                assert process.returncode == 0, output[-4000:]
+        finally:
+            for process in processes:
+                process.kill()
+        return [torch.load(folder / f"{scenario}_{world_size}_{rank}.pt") for rank in range(world_size)]
+
+    return run

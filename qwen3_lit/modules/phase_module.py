@@ -189,7 +189,7 @@ class PhaseModule(L.LightningModule):
         """Loss of one micro-step of next-token prediction, to be returned from ``training_step``.
 
         Sums are divided by the fixed row length here and rescaled to the mean over target tokens by
-        ``on_before_optimizer_step``; the balance loss of a micro-step weighs by its target tokens.
+        ``on_before_optimizer_step``; the balance loss of a micro-step weighs by its target tokens on all ranks.
         """
         output = self.run_model(batch)
         result = language_model_loss(
@@ -204,7 +204,10 @@ class PhaseModule(L.LightningModule):
         target_tokens = batch.num_loss_tokens
         loss = result.loss
         if output.routing is not None:
-            loss = loss + target_tokens * self.balance.loss(output.routing)
+            # A rank's balance loss is its share of the micro-step's: weighed by its own targets alone, the shares would
+            # add up to a weighted mean over ranks of them, 1/ranks of the whole.
+            weight = sum_over_ranks(torch.full((), float(target_tokens), device=self.device))
+            loss = loss + weight * self.balance.loss(output.routing)
             self.log_router(output)
         self._step_target_tokens += target_tokens
         self._micro_steps += 1

@@ -1,9 +1,7 @@
 """fsdp2 on two gloo ranks against one process: losses, gradient norms, accumulation, save and resume."""
 
-import os
-import socket
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +10,12 @@ import torch
 
 from qwen3_lit.distributed.checkpoint import is_complete
 
-SCRIPT = Path(__file__).with_name("fsdp2_rank.py")
+Run = Callable[[str, int, Path], list[dict[str, Any]]]
 
 
-def run(scenario: str, world_size: int, folder: Path) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = {**os.environ, "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(world_size), str(folder), scenario],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, output[-4000:]
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{scenario}_{world_size}_{rank}.pt") for rank in range(world_size)]
+@pytest.fixture
+def run(run_ranks: Callable[..., list[dict[str, Any]]]) -> Run:
+    return partial(run_ranks, Path(__file__).with_name("fsdp2_rank.py"))
 
 
 def close(ours: list[float], theirs: list[float]) -> None:
@@ -45,7 +23,7 @@ def close(ours: list[float], theirs: list[float]) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
+def test_two_ranks_equal_one(run: Run, tmp_path: Path) -> None:
     one, (two, other) = run("equal", 1, tmp_path)[0], run("equal", 2, tmp_path)
     for kind in ("automatic", "manual", "muon"):
         assert two[kind]["norms"] == other[kind]["norms"]
@@ -64,7 +42,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_save_and_resume_on_the_same_and_another_number_of_ranks(tmp_path: Path) -> None:
+def test_save_and_resume_on_the_same_and_another_number_of_ranks(run: Run, tmp_path: Path) -> None:
     results = run("save", 2, tmp_path)
     for result in results:
         # Bit for bit what the uninterrupted run does, each rank's own random numbers included.
@@ -81,7 +59,7 @@ def test_save_and_resume_on_the_same_and_another_number_of_ranks(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_gathered_parameters_let_ranks_run_apart(tmp_path: Path) -> None:
+def test_gathered_parameters_let_ranks_run_apart(run: Run, tmp_path: Path) -> None:
     results = run("gathered", 2, tmp_path)
     assert all(result["equal"] for result in results)
     assert results[0]["norm"] == results[1]["norm"] > 0
