@@ -23,9 +23,8 @@ from qwen3_lit.model.hf_checkpoint import HfWeights, load_hf
 from qwen3_lit.model.transformer import Qwen3
 from qwen3_lit.modules.cold_start_sft import ColdStartSFTModule
 from qwen3_lit.modules.grpo import seconds_per_point
-from qwen3_lit.modules.policy_module import training_params
-from qwen3_lit.rl.replay import split_micro_batches
-from qwen3_lit.rl.rollout import collect, to_packed
+from qwen3_lit.modules.policy_module import pack_for_ranks, training_params
+from qwen3_lit.rl.rollout import collect
 
 
 class DistillModule(ColdStartSFTModule):
@@ -110,16 +109,14 @@ class DistillModule(ColdStartSFTModule):
         self.counters.rollout_tokens += sum(len(r.completion_ids) for r in rollouts)
         self.counters.rollout_seconds += time.perf_counter() - started
         # A cut completion is as good a place to learn the teacher's distribution as any other.
-        rows = [
-            to_packed(part, mask_truncated=False).to(self.device)
-            for part in split_micro_batches(rollouts, self.micro_batch_tokens)
-        ]
+        rows = pack_for_ranks(rollouts, self.micro_batch_tokens, mask_truncated=False, device=self.device)
         local = torch.tensor(float(sum(row.num_trained_tokens for row in rows)), device=self.device)
         tokens = sum_over_ranks(local).clamp(min=1)
         optimizer = self.begin_optimizer_step()
         scale = loss_scale(self.trainer.strategy, self.trainer.world_size)
         total = torch.zeros((), device=self.device)
-        for row in rows:
+        for index, row in enumerate(rows):
+            row = row.to(self.device)
             packed = row.packed
             inputs = (packed.token_ids_T, packed.position_ids_T, packed.cu_seqlens, packed.max_seqlen)
             with torch.no_grad():
@@ -140,7 +137,8 @@ class DistillModule(ColdStartSFTModule):
             loss = result.loss
             if output.routing is not None:
                 loss = loss + self.balance.loss(output.routing) / len(rows)
-            self.manual_backward(loss * scale)
+            with self.gradient_sync(index == len(rows) - 1):
+                self.manual_backward(loss * scale)
             total = total + result.divergence_sum
         self.end_optimizer_step(optimizer)
         self.log("train/divergence", sum_over_ranks(total) / tokens, prog_bar=True)

@@ -6,13 +6,11 @@ are, score it, centre the rewards in each group, and take ``num_minibatches`` op
 2503.14476.
 """
 
-import contextlib
 import logging
 import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from qwen3_kernels import linear_logprob
 from torch import Tensor
 
@@ -24,12 +22,12 @@ from qwen3_lit.losses.policy_gradient import GRPOLoss, PolicyInputs, PolicyLoss
 from qwen3_lit.losses.reduction import sum_over_ranks
 from qwen3_lit.model.hf_checkpoint import load_hf
 from qwen3_lit.model.transformer import Qwen3
-from qwen3_lit.modules.policy_module import PolicyModule, training_params
+from qwen3_lit.modules.policy_module import PolicyModule, pack_for_ranks, training_params
 from qwen3_lit.rl.advantage import AdvantageEstimator, GroupRelativeAdvantage
 from qwen3_lit.rl.dynamic_sampling import DynamicSamplingConfig, decide_refill
-from qwen3_lit.rl.replay import split_micro_batches, split_minibatches
+from qwen3_lit.rl.replay import split_minibatches
 from qwen3_lit.rl.rewards.reward import check_rewards
-from qwen3_lit.rl.rollout import Rollout, RolloutBatch, collect, score_rollouts, to_packed
+from qwen3_lit.rl.rollout import Rollout, RolloutBatch, collect, score_rollouts
 from qwen3_lit.rl.rollout_metrics import alarms, rollout_metrics
 
 log = logging.getLogger(__name__)
@@ -105,10 +103,12 @@ class GRPOModule(PolicyModule):
 
     def sample_and_score(self, batch: PromptBatch) -> list[Rollout]:
         """Groups with signal for as many prompts as the batch has, as far as the refills reach."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
         rollouts: list[Rollout] = []
         problems, used, refills = list(batch.problems), set(batch.indices), 0
-        while True:
-            with self.generating() as engine:
+        # Gathered once around all rounds: how many of them there are is each rank's own affair.
+        with self.generating() as engine:
+            while True:
                 fresh = collect(
                     engine,
                     self.tokenizer,
@@ -118,26 +118,28 @@ class GRPOModule(PolicyModule):
                     policy_version=self.global_step,
                     first_group_id=self._groups_sampled,
                 )
-            self._groups_sampled += len(problems)
-            score_rollouts(fresh, self.pool)
-            rollouts += fresh
-            self.counters.rollout_tokens += sum(len(r.completion_ids) for r in fresh)
-            decision = decide_refill(rollouts, len(batch), refills, self.dynamic_sampling)
-            if refills == 0:
-                self._first_sampled = fresh
-            if not decision.num_prompts_wanted:
-                return decision.keep(rollouts)
-            data = self.trainer.datamodule  # type: ignore[attr-defined]
-            more = data.refill(batch.batch_index, refills, decision.num_prompts_wanted, exclude=used)
-            if not len(more):
-                return decision.keep(rollouts)
-            problems, used, refills = more.problems, used | set(more.indices), refills + 1
+                self._groups_sampled += len(problems)
+                score_rollouts(fresh, self.pool)
+                rollouts += fresh
+                self.counters.rollout_tokens += sum(len(r.completion_ids) for r in fresh)
+                if refills == 0:
+                    self._first_sampled = fresh
+                decision = decide_refill(rollouts, len(batch), refills, self.dynamic_sampling)
+                if not decision.num_prompts_wanted:
+                    return decision.keep(rollouts)
+                more = data.refill(batch.batch_index, refills, decision.num_prompts_wanted, exclude=used)
+                if not len(more):
+                    # No spare problem is left: as when the refills are used up, groups without signal fill the step.
+                    refills = self.dynamic_sampling.max_refills
+                    return decide_refill(rollouts, len(batch), refills, self.dynamic_sampling).keep(rollouts)
+                problems, used, refills = more.problems, used | set(more.indices), refills + 1
 
     def learn(self, rollouts: list[Rollout]) -> None:
         """``num_minibatches`` optimizer steps on scored rollouts."""
         count = min(self.num_minibatches, len(rollouts))
         minibatches = split_minibatches(rollouts, count, seed=self.global_step)
-        packed = [self._pack(minibatch) for minibatch in minibatches]
+        options: dict[str, Any] = {"mask_truncated": self.mask_truncated, "device": self.device}
+        packed = [pack_for_ranks(minibatch, self.micro_batch_tokens, **options) for minibatch in minibatches]
         # With one step the weights being trained are those that sampled: the ratio is one by definition.
         old: list[list[Tensor | None]] = [[None] * len(rows) for rows in packed]
         if count > 1:
@@ -183,7 +185,7 @@ class GRPOModule(PolicyModule):
             loss = result.loss
             if output.routing is not None:
                 loss = loss + self.balance.loss(output.routing) / len(rows)
-            with self._gradient_sync(index == len(rows) - 1):
+            with self.gradient_sync(index == len(rows) - 1):
                 self.manual_backward(loss * scale)
             for name, value in result.metrics.items():
                 summed = metrics.get(name, torch.zeros_like(value))
@@ -193,26 +195,6 @@ class GRPOModule(PolicyModule):
         if "entropy" in metrics:
             self.policy_loss.entropy_bonus.update(metrics["entropy"].item())
         self.log_dict({f"policy/{name}": value for name, value in metrics.items()})
-
-    def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
-        block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return contextlib.nullcontext() if last or block is None else block()
-
-    def _pack(self, rollouts: list[Rollout]) -> list[RolloutBatch]:
-        """Micro-batches; every rank gets the same number of them, or collectives would wait for ever."""
-        parts = split_micro_batches(rollouts, self.micro_batch_tokens)
-        wanted = len(parts)
-        if dist.is_available() and dist.is_initialized():
-            most = torch.tensor(wanted, device=self.device)
-            dist.all_reduce(most, op=dist.ReduceOp.MAX)
-            wanted = int(most)
-            parts = split_micro_batches(rollouts, self.micro_batch_tokens, num_at_least=wanted)
-        rows = [to_packed(part, mask_truncated=self.mask_truncated) for part in parts]
-        while len(rows) < wanted:  # a row that trains nothing
-            filler = to_packed(parts[0], mask_truncated=self.mask_truncated)
-            filler.mask_T.zero_()
-            rows.append(filler)
-        return rows
 
     @torch.no_grad()
     def _score(self, row: RolloutBatch, model: Qwen3) -> tuple[Tensor, Tensor]:

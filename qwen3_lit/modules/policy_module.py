@@ -5,14 +5,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+import torch.distributed as dist
+
 from qwen3_lit.data.schema import read_records
 from qwen3_lit.errors import UserError
 from qwen3_lit.generation.engine import PagedEngine
 from qwen3_lit.generation.sampling import SamplingParams
 from qwen3_lit.modules.phase_module import PhaseModule
 from qwen3_lit.rl.environment import CalculatorEnvironment, Environment
+from qwen3_lit.rl.replay import split_micro_batches
 from qwen3_lit.rl.rewards.reward import Reward
 from qwen3_lit.rl.rewards.workers import RewardPool
+from qwen3_lit.rl.rollout import Rollout, RolloutBatch, to_packed
 from qwen3_lit.rl.scoring import EvaluationResult, evaluate_problems
 
 
@@ -119,6 +124,11 @@ class PolicyModule(PhaseModule):
         with contextlib.nullcontext() if gathered is None else gathered(self.model):
             yield self.engine
 
+    def gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
+        """Around a micro-batch's backward pass: only the last one of an optimizer step reduces gradients."""
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        return contextlib.nullcontext() if last or block is None else block()
+
     def setup(self, stage: str) -> None:
         """Refuse held-out problems that are not there before anything runs."""
         super().setup(stage)
@@ -185,6 +195,35 @@ class PolicyModule(PhaseModule):
     def load_phase_state(self, state: dict[str, Any]) -> None:
         """Restored when the engine is next used."""
         self._engine_state = state["engine"]
+
+
+def pack_for_ranks(
+    rollouts: list[Rollout], token_budget: int, *, mask_truncated: bool, device: torch.device
+) -> list[RolloutBatch]:
+    """Micro-batches; every rank gets the same number of them, or collectives would wait for ever.
+
+    Args:
+        rollouts: this rank's, at least one; their number and lengths may differ from other ranks'.
+        token_budget: most tokens of a micro-batch.
+        mask_truncated: see ``to_packed``.
+        device: where ranks compare their numbers; the rows stay on the CPU.
+
+    Raises:
+        UserError: a rollout is longer than the budget.
+    """
+    parts = split_micro_batches(rollouts, token_budget)
+    wanted = len(parts)
+    if dist.is_available() and dist.is_initialized():
+        most = torch.tensor(wanted, device=device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        wanted = int(most)
+        parts = split_micro_batches(rollouts, token_budget, num_at_least=wanted)
+    rows = [to_packed(part, mask_truncated=mask_truncated) for part in parts]
+    while len(rows) < wanted:  # a row that trains nothing
+        filler = to_packed([min(rollouts, key=lambda rollout: rollout.num_tokens)], mask_truncated=mask_truncated)
+        filler.mask_T.zero_()
+        rows.append(filler)
+    return rows
 
 
 def training_params(params: SamplingParams, group_size: int, record_routing: bool) -> SamplingParams:

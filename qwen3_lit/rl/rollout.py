@@ -121,7 +121,7 @@ class RolloutBatch:
     @property
     def num_trained_tokens(self) -> int:
         """Positions with the mask on."""
-        return self.packed.num_loss_tokens
+        return int(self.mask_T.sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same row on `device`."""

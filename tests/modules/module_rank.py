@@ -4,22 +4,33 @@ The documents of a step are the same for any number of ranks: rank r packs every
 The folder holds a tokenizer.
 """
 
+import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import qwen3_lit.distributed.fsdp2_strategy  # noqa: F401  (registers "fsdp2")
+from qwen3_lit.data.batch import PromptBatch
 from qwen3_lit.data.packing import Document, pack_row
+from qwen3_lit.data.prompt_data import PromptData
 from qwen3_lit.data.text_data_module import TextDataModule
+from qwen3_lit.generation.sampling import SamplingParams
 from qwen3_lit.losses.load_balance import CombinedBalance, GlobalBatchBalance, RouterZLoss
 from qwen3_lit.model.config import ModelConfig
 from qwen3_lit.modules.cold_start_sft import ColdStartSFTModule
+from qwen3_lit.modules.distill import DistillModule
+from qwen3_lit.modules.grpo import GRPOModule
 from qwen3_lit.modules.phase_module import PhaseModule
+from qwen3_lit.modules.policy_module import EngineConfig, pack_for_ranks
+from qwen3_lit.rl.rewards.reward import Reward, RewardInput
+from qwen3_lit.rl.rollout import Rollout
 
 CONFIG = ModelConfig(
     vocab_size=300,
@@ -57,6 +68,30 @@ class Rows(TextDataModule):
 
     def make_batch(self, index: int) -> Any:
         return self.rows[index % len(self.rows)]
+
+
+class Problems(PromptData):
+    """Long prompts on rank 0 and short ones on rank 1, four a rank."""
+
+    def __init__(self, folder: Path, world_size: int) -> None:
+        file = folder / f"problems_{os.getpid()}.jsonl"
+        prompts = [" the cat sat" * (8 if index < 4 else 1) + str(index) for index in range(8)]
+        file.write_text("".join(json.dumps({"prompt": p, "answer": "1", "task": "cats"}) + "\n" for p in prompts))
+        super().__init__(str(folder / "tokenizer"), [str(file)], prompts_per_step=4 * world_size)
+
+    def make_batch(self, index: int) -> PromptBatch:
+        first = 4 * (index % 2)
+        indices = list(range(first, first + 4))
+        return PromptBatch([self.problems[i] for i in indices], indices, batch_index=index)
+
+
+class RankReward(Reward):
+    """Completions differ on rank 0 and are all alike on the others."""
+
+    in_process = True
+
+    def score_batch(self, items: Sequence[RewardInput]) -> list[float | None]:
+        return [float(dist.get_rank() == 0 and index % 2 == 0) for index in range(len(items))]
 
 
 class Recording:
@@ -97,6 +132,53 @@ def scenario_balance(folder: Path, rank: int, world_size: int) -> dict[str, Any]
     module = Imitation(config=CONFIG, balance=balance)
     fit(module, Rows(folder, rows), world_size, folder)
     return {"gradients": module.seen[0], "logged": module.logged}
+
+
+class Policy(Recording, GRPOModule):
+    pass
+
+
+class Student(Recording, DistillModule):
+    pass
+
+
+ENGINE = EngineConfig(max_batch_size=8, max_cached_tokens=4096)
+
+
+def scenario_refill(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Rank 1 asks for more problems twice, rank 0 never."""
+    module = Policy(
+        config=CONFIG,
+        rewards=[RankReward()],
+        sampling=SamplingParams(max_new_tokens=6),
+        group_size=2,
+        num_minibatches=2,
+        micro_batch_tokens=100,
+        mask_truncated=False,
+        engine=ENGINE,
+    )
+    fit(module, Problems(folder, world_size), world_size, folder, max_steps=2)
+    return {"gradients": module.seen[-1], "logged": module.logged, "groups": module._groups_sampled}
+
+
+def scenario_distill(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Rank 0's rollouts need one micro-batch each, rank 1's fit into fewer."""
+    module = Student(
+        config=CONFIG,
+        on_policy=True,
+        teacher=str(folder / "teacher"),
+        sampling=SamplingParams(max_new_tokens=6),
+        micro_batch_tokens=100,
+        engine=ENGINE,
+    )
+    forwards: list[int] = []
+    original = module.run_model
+    module.run_model = lambda *a, **o: (forwards.append(1), original(*a, **o))[1]  # type: ignore[method-assign]
+    fit(module, Problems(folder, world_size), world_size, folder, max_steps=1)
+    mine = [Rollout([1] * 30, [2] * 4, [-1.0] * 4, [True] * 4, "stop", "think", i, {}) for i in range(3 - rank)]
+    rows = pack_for_ranks(mine, 40, mask_truncated=True, device=torch.device("cpu"))
+    trained = [(row.num_trained_tokens, row.num_sequences) for row in rows]
+    return {"gradients": module.seen[-1], "logged": module.logged, "forwards": len(forwards), "trained": trained}
 
 
 if __name__ == "__main__":

@@ -22,13 +22,6 @@ from qwen3_lit.modules.reward_model import RewardModule
 from qwen3_lit.optim.param_groups import OptimizerConfig
 
 
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(["the cat sat on the mat, 1 + 2 = 3"] * 20, 290, folder)
-    return str(folder)
-
-
 class Rows(TextDataModule):
     """Given rows, in order, for ever."""
 

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from qwen3_lit.data.tokenizer import train_tokenizer
+from qwen3_lit.model.config import ModelConfig
+from qwen3_lit.model.hf_checkpoint import save_hf
+from qwen3_lit.model.transformer import Qwen3
 
 Run = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    train_tokenizer(["the cat sat on the mat, 1 + 2 = 3"] * 20, 290, tmp_path / "tokenizer")
+def folder(tmp_path: Path, tokenizer_folder: str) -> Path:
+    (tmp_path / "tokenizer").symlink_to(tokenizer_folder)
     return tmp_path
 
 
@@ -37,3 +39,30 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
 def test_balance_losses_weigh_the_same_on_any_number_of_ranks(run: Run, folder: Path) -> None:
     one, two = run("balance", 1, folder)[0], run("balance", 2, folder)[0]
     assert_same(two["gradients"], one["gradients"])
+
+
+@pytest.mark.slow
+def test_a_rank_may_refill_while_the_other_has_its_groups(run: Run, folder: Path) -> None:
+    first, second = run("refill", 2, folder)
+    assert (first["groups"], second["groups"]) == (4, 8), "one refill takes the four spare problems"
+    assert_same(second["gradients"], first["gradients"])
+
+
+@pytest.mark.slow
+def test_on_policy_ranks_run_the_same_number_of_micro_batches(run: Run, folder: Path) -> None:
+    teacher = ModelConfig(
+        vocab_size=300,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=8,
+    )
+    save_hf(Qwen3(teacher), teacher, folder / "teacher", tokenizer_dir=folder / "tokenizer")
+    first, second = run("distill", 2, folder)
+    assert first["forwards"] == second["forwards"] > 1
+    assert_same(second["gradients"], first["gradients"])
+    # A rank with fewer rollouts than micro-batches adds rows that train nothing.
+    assert first["trained"] == [(4, 1)] * 3
+    assert second["trained"] == [(4, 1), (4, 1), (0, 0)]

@@ -1,0 +1,93 @@
+"""Phases that sample: what a step trains on, and settings that cannot work refused before anything is sampled."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+
+from qwen3_lit.data.prompt_data import PromptData
+from qwen3_lit.generation.sampling import SamplingParams
+from qwen3_lit.model.config import ModelConfig
+from qwen3_lit.modules.grpo import GRPOModule
+from qwen3_lit.modules.policy_module import EngineConfig
+from qwen3_lit.rl.rewards.reward import Reward, RewardInput
+from qwen3_lit.rl.rollout import Rollout
+
+CONFIG = ModelConfig(
+    vocab_size=300,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    intermediate_size=24,
+    moe_intermediate_size=8,
+    num_experts=8,
+    num_experts_per_tok=2,
+)
+
+
+class ByProblem(Reward):
+    """Every second completion of a problem whose answer is 1 is right; no other is."""
+
+    in_process = True
+
+    def score_batch(self, items: Sequence[RewardInput]) -> list[float | None]:
+        return [float(item.reference == "1" and index % 2 == 0) for index, item in enumerate(items)]
+
+
+class Recording(GRPOModule):
+    """Keeps what is trained on, and what is logged."""
+
+    def learn(self, rollouts: list[Rollout]) -> None:
+        self.trained = rollouts
+        super().learn(rollouts)
+
+    def log(self, name: str, value: Any, **options: Any) -> None:
+        self.__dict__.setdefault("logged", {})[name] = float(value)
+        super().log(name, value, **options)
+
+
+def problems(folder: Path, tokenizer: str, answers: Sequence[str], **options: Any) -> PromptData:
+    file = folder / "problems.jsonl"
+    records = [{"prompt": f"the cat {n}", "answer": answer, "task": "cats"} for n, answer in enumerate(answers)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return PromptData(tokenizer, [str(file)], **{"prompts_per_step": 2, **options})
+
+
+def policy(**options: Any) -> Recording:
+    defaults = {
+        "config": CONFIG,
+        "rewards": [ByProblem()],
+        "sampling": SamplingParams(max_new_tokens=4),
+        "group_size": 2,
+        "micro_batch_tokens": 256,
+        "mask_truncated": False,
+        "engine": EngineConfig(max_batch_size=8, max_cached_tokens=4096),
+    }
+    return Recording(**{**defaults, **options})
+
+
+def fit(module: L.LightningModule, data: PromptData, folder: Path, **options: Any) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **{"max_steps": 1, **options},
+    )
+    trainer.fit(module, data)
+
+
+@pytest.mark.parametrize("answers", [["0", "0"], ["1", "0"], ["1", "0", "0"]])
+def test_groups_without_signal_fill_the_step_when_no_spare_problem_is_left(
+    answers: list[str], tmp_path: Path, tokenizer_folder: str
+) -> None:
+    module = policy()
+    fit(module, problems(tmp_path, tokenizer_folder, answers), tmp_path)
+    assert len(module.trained) == 4 and len({rollout.group_id for rollout in module.trained}) == 2
