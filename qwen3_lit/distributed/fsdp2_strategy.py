@@ -29,7 +29,13 @@ from torch.optim import Optimizer
 
 from qwen3_lit.distributed.checkpoint import CheckpointWriter, load_rest, recover, require_complete
 from qwen3_lit.distributed.gradients import clip_gradients
-from qwen3_lit.distributed.sharding import gathered_parameters, mixed_precision, no_gradient_sync, shard_model
+from qwen3_lit.distributed.sharding import (
+    gathered_parameters,
+    mixed_precision,
+    no_gradient_sync,
+    shard_model,
+    shard_unit,
+)
 from qwen3_lit.errors import UserError
 
 COMPUTE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -94,6 +100,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         policy = mixed_precision(self.root_device.type, self.compute_dtype)
         mesh = self.device_mesh["data_parallel"]
         return shard_model(model, mesh, policy, reshard_after_forward=self.reshard_after_forward)
+
+    def shard_head(self, head: nn.Module) -> nn.Module:
+        """Shards a small module beside the model as one unit of the same mesh, computed in fp32."""
+        policy = mixed_precision(self.root_device.type, torch.float32)
+        return shard_unit(head, self.device_mesh["data_parallel"], policy)
 
     @contextlib.contextmanager
     def block_backward_sync(self) -> Generator:

@@ -53,12 +53,18 @@ def shard_model(
         )
     for layer in layers.values() if isinstance(layers, nn.ModuleDict) else layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for module in fsdp_modules(model):
+    return shard_unit(model, mesh, policy)
+
+
+def shard_unit(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> nn.Module:
+    """Shards everything in ``module`` that no unit inside it holds as one unit, not resharded after its forward, in
+    place; gives back ``module``. Gradients of all its units are summed over ranks."""
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for unit in fsdp_modules(module):
         # A plain sum on every backend: gloo knows no pre-multiplied sum, and a factor of one needs none.
-        module.set_force_sum_reduction_for_comms(True)
-        module.set_gradient_divide_factor(1.0)
-    return model
+        unit.set_force_sum_reduction_for_comms(True)
+        unit.set_gradient_divide_factor(1.0)
+    return module
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:

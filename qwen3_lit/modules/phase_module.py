@@ -14,11 +14,11 @@ import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen3_lit.data.batch import PackedBatch
 from qwen3_lit.data.tokenizer import TextTokenizer, check_tokenizer_fits
-from qwen3_lit.distributed.fsdp2_strategy import loss_scale
+from qwen3_lit.distributed.fsdp2_strategy import FSDP2Strategy, loss_scale
 from qwen3_lit.distributed.gradients import clip_gradients, scale_gradients
 from qwen3_lit.distributed.rng import collect_rng_state, restore_rng_state
 from qwen3_lit.errors import UserError
@@ -92,7 +92,7 @@ class PhaseModule(L.LightningModule):
         """The latest generated completions, for the sample table."""
         self.expert_load_LE: Tensor | None = None
         """Routed rows of each expert since a callback last cleared it."""
-        self._step_target_tokens = 0.0
+        self._step_targets = 0.0
         self._micro_steps = 0
         if init_from is not None:
             self._check_dimensions(init_from)
@@ -121,15 +121,18 @@ class PhaseModule(L.LightningModule):
             for module in self.model.modules():
                 if isinstance(module, MoE):
                     module.gate.enable_expert_bias()
-        self.build_heads()
+        heads = self.build_heads()
         if self.compile_blocks:
             self.model.compile_blocks(fullgraph=torch.cuda.is_available())
-        shard = getattr(self._trainer.strategy, "shard", None) if self._trainer is not None else None
-        if shard is not None:
-            shard(self.model)
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        if isinstance(strategy, FSDP2Strategy):
+            strategy.shard(self.model)
+            for head in heads:
+                strategy.shard_head(head)
 
-    def build_heads(self) -> None:
-        """Add what a phase needs beside the model, before sharding."""
+    def build_heads(self) -> list[nn.Module]:
+        """Add what a phase trains beside the model, and return it for sharding."""
+        return []
 
     def _uses_expert_bias(self) -> bool:
         parts = self.balance.parts if isinstance(self.balance, CombinedBalance) else [self.balance]
@@ -188,7 +191,7 @@ class PhaseModule(L.LightningModule):
     def language_model_step(self, batch: PackedBatch) -> Tensor:
         """Loss of one micro-step of next-token prediction, to be returned from ``training_step``.
 
-        Sums are divided by the fixed row length here and rescaled to the mean over target tokens by
+        Sums are divided by the fixed row length and rescaled to the mean over target tokens by
         ``on_before_optimizer_step``; the balance loss of a micro-step weighs by its target tokens on all ranks.
         """
         output = self.run_model(batch)
@@ -201,18 +204,31 @@ class PhaseModule(L.LightningModule):
             z_loss_weight=self.z_loss_weight,
             valid_vocab=self.valid_vocab,
         )
-        target_tokens = batch.num_loss_tokens
-        loss = result.loss
+        return self.micro_step_loss(result.loss, batch.num_loss_tokens, output, {"loss": result.nll_sum})
+
+    def micro_step_loss(
+        self, loss_sum: Tensor, num_targets: int, output: ModelOutput, shown: dict[str, Tensor]
+    ) -> Tensor:
+        """What ``training_step`` returns for a loss summed over this rank's targets, the balance loss added.
+
+        Args:
+            loss_sum: 0-d, summed over the targets and not divided.
+            num_targets: what the mean of the step is taken over: target tokens, or pairs.
+            output: of the forward pass, whose routing is balanced.
+            shown: sums over the targets, logged as ``train/<name>`` divided by the targets of all ranks.
+        """
+        targets = torch.full((), float(num_targets), device=self.device)
+        *sums, targets = sum_over_ranks(torch.stack([*(value.float() for value in shown.values()), targets]))
+        for name, value in zip(shown, sums, strict=True):
+            self.log(f"train/{name}", value / targets.clamp(min=1), prog_bar=True, batch_size=max(1, num_targets))
         if output.routing is not None:
             # A rank's balance loss is its share of the micro-step's: weighed by its own targets alone, the shares would
-            # add up to a weighted mean over ranks of them, 1/ranks of the whole.
-            weight = sum_over_ranks(torch.full((), float(target_tokens), device=self.device))
-            loss = loss + weight * self.balance.loss(output.routing)
+            # add up to their mean over ranks, 1/ranks of the whole.
+            loss_sum = loss_sum + targets * self.balance.loss(output.routing)
             self.log_router(output)
-        self._step_target_tokens += target_tokens
+        self._step_targets += num_targets
         self._micro_steps += 1
-        self.log("train/loss", result.nll_sum / max(1, target_tokens), prog_bar=True, batch_size=max(1, target_tokens))
-        return loss / self._row_tokens
+        return loss_sum / self._row_tokens
 
     def held_out_nll(self, batch: PackedBatch) -> tuple[Tensor, int]:
         """Summed nats over a row's targets, and how many there are."""
@@ -260,15 +276,15 @@ class PhaseModule(L.LightningModule):
     # ---- hooks of automatic optimization
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Turn the summed gradient into the mean over the target tokens of the whole step."""
+        """Turn the summed gradient into the mean over the targets of the whole step."""
         if not self.automatic_optimization or self._micro_steps == 0:
             return
-        tokens = sum_over_ranks(torch.tensor(self._step_target_tokens, device=self.device)).clamp(min=1)
+        targets = sum_over_ranks(torch.tensor(self._step_targets, device=self.device)).clamp(min=1)
         # Lightning divided by the accumulated micro-steps and some strategies average over ranks: both are undone.
         ranks = loss_scale(self.trainer.strategy, self.trainer.world_size)
-        scale = self._row_tokens * self.trainer.accumulate_grad_batches * ranks / tokens
+        scale = self._row_tokens * self.trainer.accumulate_grad_batches * ranks / targets
         scale_gradients((p for group in optimizer.param_groups for p in group["params"]), scale)
-        self._step_target_tokens, self._micro_steps = 0.0, 0
+        self._step_targets, self._micro_steps = 0.0, 0
 
     def configure_gradient_clipping(
         self,
@@ -310,7 +326,7 @@ class PhaseModule(L.LightningModule):
         """Random states and balance counts: a resumed run draws and balances like one never stopped."""
         checkpoint["phase"] = {
             "balance": self.balance.state_dict(),
-            "step_target_tokens": (self._step_target_tokens, self._micro_steps),
+            "step_targets": (self._step_targets, self._micro_steps),
             "counters": vars(self.counters).copy(),
             "config": asdict(self.config),
             "rng": collect_rng_state(),
@@ -321,7 +337,7 @@ class PhaseModule(L.LightningModule):
         """Restore what ``on_save_checkpoint`` wrote."""
         state = checkpoint["phase"]
         self.balance.load_state_dict(state["balance"])
-        self._step_target_tokens, self._micro_steps = state["step_target_tokens"]
+        self._step_targets, self._micro_steps = state["step_targets"]
         self.counters = Counters(**state["counters"])
         restore_rng_state(state["rng"])
         self.load_phase_state(state)

@@ -13,11 +13,25 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qwen3_lit.data.batch import PreferenceBatch
 from qwen3_lit.losses.reduction import sum_over_ranks
+from qwen3_lit.model.transformer import ModelOutput
 from qwen3_lit.modules.phase_module import PhaseModule
 from qwen3_lit.rl.rewards.reward_model import SCORE_HEAD_FILE, SCORE_HEAD_KEY
+
+
+class ScoreHead(nn.Module):
+    """One number from a hidden state, in fp32; starts at zero: every answer scores alike."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, width))
+
+    def forward(self, hidden_PD: Tensor) -> Tensor:
+        """Raw scores [P]."""
+        return hidden_PD.float() @ self.weight[0].float()
 
 
 class RewardModule(PhaseModule):
@@ -32,24 +46,26 @@ class RewardModule(PhaseModule):
         super().__init__(**kwargs)
         self.centering = centering
 
-    def build_heads(self) -> None:
-        """A linear head that starts at zero: every answer scores alike."""
-        self.score_head = nn.Linear(self.config.hidden_size, 1, bias=False)
-        nn.init.zeros_(self.score_head.weight)
+    def build_heads(self) -> list[nn.Module]:
+        """The score head."""
+        self.score_head = ScoreHead(self.config.hidden_size)
+        return [self.score_head]
 
-    def scores(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """Raw scores [P] of the chosen and of the rejected answers."""
-        hidden_TD = self.run_model(batch.packed).hidden_TD.float()
-        head_D = self.score_head.weight[0].float()
-        return hidden_TD[batch.chosen_end_P] @ head_D, hidden_TD[batch.rejected_end_P] @ head_D
+    def scores(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor, ModelOutput]:
+        """Raw scores [P] of the chosen and of the rejected answers, and the model's output."""
+        output = self.run_model(batch.packed)
+        ends = torch.cat([batch.chosen_end_P, batch.rejected_end_P])
+        # One call for both: a sharded head reduces its gradient once for each.
+        chosen_P, rejected_P = self.score_head(output.hidden_TD[ends]).chunk(2)
+        return chosen_P, rejected_P, output
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Mean Bradley-Terry loss over the row's pairs."""
-        chosen_P, rejected_P = self.scores(batch)
-        loss = -F.logsigmoid(chosen_P - rejected_P).mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=batch.num_pairs)
-        self.log("train/accuracy", (chosen_P > rejected_P).float().mean(), prog_bar=True, batch_size=batch.num_pairs)
-        return loss + self.centering * (chosen_P + rejected_P).square().mean()
+        """Bradley-Terry loss of one micro-step; its mean is over the pairs of the whole optimizer step."""
+        chosen_P, rejected_P, output = self.scores(batch)
+        ranking = -F.logsigmoid(chosen_P - rejected_P).sum()
+        shown = {"loss": ranking, "accuracy": (chosen_P > rejected_P).sum()}
+        loss = ranking + self.centering * (chosen_P + rejected_P).square().sum()
+        return self.micro_step_loss(loss, batch.num_pairs, output, shown)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -58,7 +74,7 @@ class RewardModule(PhaseModule):
         self.eval()
         right = torch.zeros(2, device=self.device)
         for batch in self.trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
-            chosen_P, rejected_P = self.scores(batch.to(self.device))
+            chosen_P, rejected_P, _ = self.scores(batch.to(self.device))
             right[0] += (chosen_P > rejected_P).sum() + 0.5 * (chosen_P == rejected_P).sum()
             right[1] += batch.num_pairs
         self.train(was_training)
@@ -68,6 +84,7 @@ class RewardModule(PhaseModule):
     def export(self, folder: str | Path) -> None:
         """The backbone as a Hugging Face folder, and the head beside it."""
         super().export(folder)
+        head_1D = self.score_head.state_dict()["weight"].detach()
+        head_1D = head_1D.full_tensor() if isinstance(head_1D, DTensor) else head_1D  # every rank takes part
         if self.trainer.is_global_zero:
-            head_1D = self.score_head.weight.detach().cpu().contiguous()
-            save_file({SCORE_HEAD_KEY: head_1D}, Path(folder) / SCORE_HEAD_FILE)
+            save_file({SCORE_HEAD_KEY: head_1D.cpu().contiguous()}, Path(folder) / SCORE_HEAD_FILE)

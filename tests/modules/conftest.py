@@ -1,7 +1,5 @@
 """A small real tokenizer."""
 
-from pathlib import Path
-
 import pytest
 
 from qwen3_lit.data.tokenizer import train_tokenizer

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import qwen3_lit.distributed.fsdp2_strategy  # noqa: F401  (registers "fsdp2")
-from qwen3_lit.data.batch import PromptBatch
+from qwen3_lit.data.batch import PreferenceBatch, PromptBatch
 from qwen3_lit.data.packing import Document, pack_row
 from qwen3_lit.data.prompt_data import PromptData
 from qwen3_lit.data.text_data_module import TextDataModule
@@ -29,6 +29,7 @@ from qwen3_lit.modules.distill import DistillModule
 from qwen3_lit.modules.grpo import GRPOModule
 from qwen3_lit.modules.phase_module import PhaseModule
 from qwen3_lit.modules.policy_module import EngineConfig, pack_for_ranks
+from qwen3_lit.modules.reward_model import RewardModule
 from qwen3_lit.rl.rewards.reward import Reward, RewardInput
 from qwen3_lit.rl.rollout import Rollout
 
@@ -132,6 +133,33 @@ def scenario_balance(folder: Path, rank: int, world_size: int) -> dict[str, Any]
     module = Imitation(config=CONFIG, balance=balance)
     fit(module, Rows(folder, rows), world_size, folder)
     return {"gradients": module.seen[0], "logged": module.logged}
+
+
+class Scorer(Recording, RewardModule):
+    def clip_gradients_and_log(self, optimizer: Any) -> None:
+        super().clip_gradients_and_log(optimizer)
+        # The loss of a head of zeros says nothing of its gradient's way into the backbone.
+        if len(self.seen) == 1:
+            with torch.no_grad():
+                self.score_head.weight.fill_(0.5)
+
+
+def scenario_reward(folder: Path, rank: int, world_size: int, strategy: str = "fsdp2") -> dict[str, Any]:
+    """Two steps of one row a rank; three pairs, of which one rank of two has two."""
+    pairs = [(document(8 + n, 4, 2 * n), document(6, 3, 2 * n + 1)) for n in range(3)]
+    rows = []
+    for r in range(world_size):
+        packed = pack_row([answer for pair in pairs[r::world_size] for answer in pair])
+        ends = torch.tensor([end - 1 for _, end in packed.document_spans()])
+        rows.append(PreferenceBatch(packed, ends[0::2], ends[1::2]))
+    module = Scorer(config=CONFIG, balance=GlobalBatchBalance(0.5))
+    fit(module, Rows(folder, rows), world_size, folder, strategy=strategy, max_steps=2)
+    module.export(folder / f"{strategy}_{world_size}")
+    return {"gradients": module.seen, "logged": module.logged}
+
+
+def scenario_reward_plain(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    return scenario_reward(folder, rank, world_size, strategy="auto")
 
 
 class Policy(Recording, GRPOModule):

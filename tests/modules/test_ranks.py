@@ -11,6 +11,7 @@ import torch
 from qwen3_lit.model.config import ModelConfig
 from qwen3_lit.model.hf_checkpoint import save_hf
 from qwen3_lit.model.transformer import Qwen3
+from qwen3_lit.rl.rewards.reward_model import load_score_head
 
 Run = Callable[..., list[dict[str, Any]]]
 
@@ -66,3 +67,17 @@ def test_on_policy_ranks_run_the_same_number_of_micro_batches(run: Run, folder: 
     # A rank with fewer rollouts than micro-batches adds rows that train nothing.
     assert first["trained"] == [(4, 1)] * 3
     assert second["trained"] == [(4, 1), (4, 1), (0, 0)]
+
+
+@pytest.mark.slow
+def test_a_reward_model_trains_sharded_as_in_one_plain_process(run: Run, folder: Path) -> None:
+    plain = run("reward_plain", 1, folder)[0]
+    assert plain["gradients"][0]["score_head.weight"].norm() > 0
+    assert plain["gradients"][1]["model.layers.0.mlp.gate.weight"].norm() > 0
+    for ranks in (1, 2):
+        for sharded in run("reward", ranks, folder):
+            for ours, theirs in zip(sharded["gradients"], plain["gradients"], strict=True):
+                assert_same(ours, theirs)
+            for name in ("train/loss", "train/accuracy"):
+                assert sharded["logged"][name] == pytest.approx(plain["logged"][name], rel=1e-4)
+        assert load_score_head(folder / f"fsdp2_{ranks}", 16).norm() > 0
