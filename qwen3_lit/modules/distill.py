@@ -65,11 +65,13 @@ class DistillModule(ColdStartSFTModule):
             raise UserError("model.init_args.teacher is null: on-policy distillation needs the teacher's folder")
 
     def setup(self, stage: str) -> None:
-        """Refuse a teacher that is no whole folder, or whose token ids are not the student's."""
+        """Refuse a teacher that is no whole folder or whose token ids are not the student's, and lengths that fit into
+        no micro-batch."""
         super().setup(stage)
         if not self.automatic_optimization and self.teacher_folder is not None:
             vocab_size = HfWeights(self.teacher_folder).config.vocab_size
             check_tokenizer_fits(self.tokenizer, vocab_size, self.teacher_folder)
+            self.check_rollouts_fit(self.sampling.max_new_tokens, self.micro_batch_tokens)
 
     @property
     def teacher(self) -> Qwen3:

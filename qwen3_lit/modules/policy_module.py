@@ -124,6 +124,21 @@ class PolicyModule(PhaseModule):
         with contextlib.nullcontext() if gathered is None else gathered(self.model):
             yield self.engine
 
+    def check_rollouts_fit(self, max_new_tokens: int, micro_batch_tokens: int) -> None:
+        """Refuse lengths with which a rollout may fit into no micro-batch, before anything is sampled.
+
+        Raises:
+            UserError: naming both lengths and the budget.
+        """
+        limit = getattr(self.trainer.datamodule, "max_prompt_tokens", None)  # type: ignore[attr-defined]
+        needed = (limit or 1) + max_new_tokens
+        if needed > micro_batch_tokens:
+            raise UserError(
+                f"model.init_args.micro_batch_tokens: seen {micro_batch_tokens}, expected at least {needed}, the "
+                f"longest rollout: data.init_args.max_prompt_tokens {limit} and model.init_args.sampling.max_new_tokens "
+                f"{max_new_tokens}; raise the first or lower one of the others"
+            )
+
     def gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
         """Around a micro-batch's backward pass: only the last one of an optimizer step reduces gradients."""
         block = getattr(self.trainer.strategy, "block_backward_sync", None)

@@ -9,8 +9,12 @@ import lightning as L
 import pytest
 
 from qwen3_lit.data.prompt_data import PromptData
+from qwen3_lit.errors import UserError
 from qwen3_lit.generation.sampling import SamplingParams
 from qwen3_lit.model.config import ModelConfig
+from qwen3_lit.model.hf_checkpoint import save_hf
+from qwen3_lit.model.transformer import Qwen3
+from qwen3_lit.modules.distill import DistillModule
 from qwen3_lit.modules.grpo import GRPOModule
 from qwen3_lit.modules.policy_module import EngineConfig
 from qwen3_lit.rl.rewards.reward import Reward, RewardInput
@@ -91,3 +95,17 @@ def test_groups_without_signal_fill_the_step_when_no_spare_problem_is_left(
     module = policy()
     fit(module, problems(tmp_path, tokenizer_folder, answers), tmp_path)
     assert len(module.trained) == 4 and len({rollout.group_id for rollout in module.trained}) == 2
+
+
+@pytest.mark.parametrize("on_policy_distillation", [False, True])
+def test_completions_that_no_micro_batch_can_hold_are_refused_before_anything_is_sampled(
+    on_policy_distillation: bool, tmp_path: Path, tokenizer_folder: str
+) -> None:
+    data = problems(tmp_path, tokenizer_folder, ["1", "1"], max_prompt_tokens=61)
+    module: L.LightningModule = policy(micro_batch_tokens=64)
+    if on_policy_distillation:
+        save_hf(Qwen3(CONFIG), CONFIG, tmp_path / "teacher", tokenizer_dir=tokenizer_folder)
+        options = {"teacher": str(tmp_path / "teacher"), "sampling": SamplingParams(max_new_tokens=4)}
+        module = DistillModule(config=CONFIG, on_policy=True, micro_batch_tokens=64, **options)
+    with pytest.raises(UserError, match="micro_batch_tokens: seen 64, expected at least 65, .*max_prompt_tokens 61"):
+        fit(module, data, tmp_path)
