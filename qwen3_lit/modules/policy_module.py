@@ -135,7 +135,7 @@ class PolicyModule(PhaseModule):
         if needed > micro_batch_tokens:
             raise UserError(
                 f"model.init_args.micro_batch_tokens: seen {micro_batch_tokens}, expected at least {needed}, the "
-                f"longest rollout: data.init_args.max_prompt_tokens {limit} and model.init_args.sampling.max_new_tokens "
+                f"longest rollout: data.init_args.max_prompt_tokens {limit}, model.init_args.sampling.max_new_tokens "
                 f"{max_new_tokens}; raise the first or lower one of the others"
             )
 

@@ -3,8 +3,15 @@
 import re
 from fractions import Fraction
 
-_NUMBER = re.compile(r"(?<![\w.])-?\d{1,64}(?:,\d{3})*(?:\.\d{1,64})?(?:/\d{1,64})?(?![\w/])")
-_PLAIN_NUMBER = re.compile(r"[-+]?\d{1,64}(?:\.\d{1,64})?(?:/\d{1,64})?")
+# A comma belongs to a number where it groups thousands: 3,5 is a pair, not 35.
+_DIGITS = r"(?:\d{1,3}(?:,\d{3}){1,21}|\d{1,64})(?:\.\d{1,64})?(?:/\d{1,64})?"
+_NUMBER = re.compile(rf"(?<![\w.])(?<!\d,)-?{_DIGITS}(?![\w/])(?!,\d)")
+_PLAIN_NUMBER = re.compile(rf"[-+]?{_DIGITS}")
+_EMPHASIS = re.compile(r"(?<!\w)\*\*|\*\*(?!\w)")
+_REMARK = re.compile(r"(?<=\S)\s+\([^()]*\)(?=[\s.!]*$)")
+# What makes a number beside it a part of an expression: LaTeX's braces and commands, and operators.
+_EXPRESSION_BEFORE = re.compile(r"(?:[-+*/^_{×÷·]|\\[a-zA-Z]+)\s*$")
+_EXPRESSION_AFTER = re.compile(r"\s*(?:[-+*/^_}×÷·!]\s*\S|\\[a-zA-Z])")
 _ANSWER_TAG = re.compile(r"<answer>([^<]*)</answer>")
 _ANNOUNCED = re.compile(r"(?:final answer|answer)\s*(?:is|:|=)\s*:?[ \t]*([^\n]+)", re.IGNORECASE)
 
@@ -35,10 +42,10 @@ def last_number(text: str) -> str | None:
 
 def as_number(text: str) -> Fraction | None:
     """The exact value of a plain number such as ``1,234``, ``-0.5`` or ``3/4``; None for anything else."""
-    plain = text.strip().strip("$").strip().replace(",", "").rstrip(".")
+    plain = text.strip().strip("$").strip().rstrip(".")
     if not _PLAIN_NUMBER.fullmatch(plain):
         return None
-    numerator, _, denominator = plain.partition("/")
+    numerator, _, denominator = plain.replace(",", "").partition("/")
     if denominator and not int(denominator):
         return None
     return Fraction(numerator) / (int(denominator) if denominator else 1)
@@ -58,13 +65,36 @@ def final_answer(text: str) -> str:
     return text.strip()
 
 
+def stated_number(answer: str) -> Fraction | None:
+    """The value of an answer in words: its last number, without a closing remark in brackets.
+
+    ``7 apples``, ``3 + 4 = 7`` and ``7 (3 of one, 4 of the other)`` are 7. None when there is no number, or when the
+    last one is part of an expression: ``\\frac{1}{2}`` is not 2.
+    """
+    answer = _REMARK.sub("", _EMPHASIS.sub("", answer))
+    matches = list(_NUMBER.finditer(answer))
+    if not matches:
+        return None
+    match = matches[-1]
+    before, after = answer[: match.start()], answer[match.end() :]
+    if _EXPRESSION_BEFORE.search(before[-32:]) or _EXPRESSION_AFTER.match(after):
+        return None
+    return as_number(match.group())
+
+
 def same_number(text: str, reference: str) -> bool | None:
-    """Whether the final answer of `text` equals a numeric `reference`; None when the reference is not a number."""
+    """Whether the final answer of `text` equals a numeric `reference`.
+
+    None when the reference is not a number, or nothing is boxed and the answer is an expression, whose value is for a
+    computer algebra system to tell.
+    """
     wanted = as_number(reference)
     if wanted is None:
         return None
-    candidate = as_number(final_answer(text))
+    answer = final_answer(text)
+    candidate = as_number(answer)
     if candidate is None and last_boxed(text) is None:
-        number = last_number(final_answer(text))
-        candidate = None if number is None else as_number(number)
+        candidate = stated_number(answer)
+        if candidate is None and any(character.isdigit() for character in answer):
+            return None
     return candidate == wanted

@@ -6,14 +6,15 @@ as a whole. sympy may still hang or eat memory on hostile text, so this reward b
 """
 
 import logging
+import re
 
 from qwen3_lit.errors import UserError
-from qwen3_lit.rl.rewards.final_answer import last_boxed, same_number
+from qwen3_lit.rl.rewards.final_answer import final_answer, last_boxed, same_number
 from qwen3_lit.rl.rewards.reward import Reward, RewardInput
 
 
 class MathAnswerReward(Reward):
-    """1 when the boxed answer (or, if none is boxed, the last expression) equals the reference, else 0.
+    """1 when the boxed answer (else the announced one, else the last expression) equals the reference, else 0.
 
     Args:
         weight: Weight in the composition.
@@ -56,11 +57,16 @@ class MathAnswerReward(Reward):
         if by_value:
             return True
         if by_value is False and boxed is None:
-            # The reference is a plain number and the text's last number is another one.
+            # The reference is a plain number and the answer states another one.
             return False
-        if boxed is not None and boxed.strip() == reference.strip():
+        answer = final_answer(text)
+        if _with_tight_commas(answer) == _with_tight_commas(reference):
             return True
-        return _math_verify_equal(text if boxed is None else f"\\boxed{{{boxed}}}", reference)
+        return _math_verify_equal(answer if boxed is None else f"\\boxed{{{boxed}}}", reference)
+
+
+def _with_tight_commas(text: str) -> str:
+    return re.sub(r"\s*,\s*", ",", text.strip())
 
 
 def _math_verify_equal(text: str, reference: str) -> bool:

@@ -59,6 +59,29 @@ def given(
         ("no idea", "42", False),
         ("1 2 3 4 5 6 7 8 9", "4", False),
         ("\\boxed{" + "1+" * 400 + "1}", "401", False),
+        # A comma that groups no thousands separates.
+        ("\\boxed{12}", "1,2", False),
+        ("The answer is 35.", "3,5", False),
+        ("The answer is 3, 5.", "3,5", True),
+        ("\\boxed{3, 5}", "3,5", True),
+        ("The answer is 3,5.", "5", False),
+        ("\\boxed{12,34}", "1234", False),
+        ("The answer is 1234.", "1,234", True),
+        # An expression is worth its value, not its last number, and a remark behind an answer nothing.
+        ("The answer is $\\frac{1}{2}$.", "1/2", True),
+        ("The answer is $\\frac{1}{2}$.", "2", False),
+        ("$2^{10}$", "1024", True),
+        ("The answer is $2^{10}$.", "10", False),
+        ("The answer is 3 + 4.", "4", False),
+        ("The answer is 2**10", "10", False),
+        ("12 (3 rows of 4).", "12", True),
+        ("The answer is 12 (3 rows of 4).", "4", False),
+        ("3 + 4 = 7", "7", True),
+        ("The answer is **7**.", "7", True),
+        ("We have $x^2 = 49$, so x = 7 apples", "7", True),
+        # What is announced counts, not what else the text mentions.
+        ("4 or $\\frac{1}{2}$?\nThe answer is $3$.", "1/2", False),
+        ("The answer is 3\nas $x = \\frac{1}{2}$ shows", "1/2", False),
     ],
 )
 def test_math_answer(text: str, reference: str, right: bool) -> None:
