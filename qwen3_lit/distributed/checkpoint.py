@@ -73,6 +73,7 @@ class CheckpointWriter:
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._executor: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
+        self._complete = True
         self._removals: list[Path] = []
         self._removals_lock = threading.Lock()
 
@@ -86,6 +87,8 @@ class CheckpointWriter:
             synchronous.
         """
         self.wait()
+        # What a failed save left here is not deleted by a later one, which may have written under the same name.
+        self._complete, self._removals = False, []
         incomplete = folder.with_name(INCOMPLETE_PREFIX + folder.name)
         if self._rank == 0:
             shutil.rmtree(incomplete, ignore_errors=True)
@@ -100,10 +103,11 @@ class CheckpointWriter:
         self._pending = self._executor.submit(self._write, state, rest, incomplete, folder)
 
     def remove(self, folder: Path) -> None:
-        """Deletes an old checkpoint (rank 0 only), not before the save under way is complete: there is always one."""
+        """Deletes an old checkpoint (rank 0 only) once the newest save is complete, and never if that fails: there is
+        always one."""
         with self._removals_lock:
             self._removals.append(folder)
-        if self._pending is None or self._pending.done():
+        if self._complete:
             self._flush_removals()
 
     def wait(self) -> None:
@@ -111,7 +115,6 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-            self._flush_removals()
 
     def close(self) -> None:
         """Finishes the save under way and ends the thread."""
@@ -131,6 +134,7 @@ class CheckpointWriter:
         self._barrier()
         if self._rank == 0:
             commit(incomplete, folder)
+            self._complete = True
             self._flush_removals()
         self._barrier()
 

@@ -82,6 +82,24 @@ def test_a_failed_save_is_reported_and_leaves_the_old_one(tmp_path: Path) -> Non
     torch.testing.assert_close(load(folder), torch.zeros(4))
 
 
+def test_a_failed_save_removes_nothing(tmp_path: Path) -> None:
+    old, new, writer = tmp_path / "old.ckpt", tmp_path / "new.ckpt", CheckpointWriter()
+    writer.save({"weight": torch.ones(4)}, {}, old)
+    writer.wait()
+    with mock.patch.object(checkpoint.dcp, "save", side_effect=OSError(28, "No space left on device")):
+        writer.save({"weight": torch.zeros(4)}, {}, new)
+        assert writer._pending is not None and writer._pending.exception(30) is not None
+        writer.remove(old)
+        assert is_complete(old)
+        with pytest.raises(OSError, match="No space"):
+            writer.wait()
+    writer.remove(old)
+    assert is_complete(old) and not new.exists()
+    writer.save({"weight": torch.full((4,), 2.0)}, {}, old)
+    writer.close()
+    torch.testing.assert_close(load(old), torch.full((4,), 2.0))
+
+
 KILLED = """
 import os, sys, torch
 from pathlib import Path
