@@ -1,9 +1,9 @@
 """Lightning strategy ``fsdp2``: data parallel over all ranks with FSDP2, on GPUs (NCCL) and on CPUs (gloo).
 
 Beyond `ModelParallelStrategy`: all ranks on the data-parallel dimension by default; mixed precision by FSDP2's own
-policy (leave the Trainer's ``precision`` at 32-true); no reduction on accumulation micro-steps; gradients summed, not
-averaged; gradient norm over every mesh; checkpoints written in the background, committed atomically, with every rank's
-own state.
+policy (leave the Trainer's ``precision`` at 32-true); no reduction on accumulation micro-steps of models whose whole
+gradient fits; gradients summed, not averaged; gradient norm over every mesh; checkpoints written in the background,
+committed atomically, with every rank's own state.
 
 Importing this module registers the name. A module shards in ``configure_model``::
 
@@ -30,11 +30,13 @@ from torch.optim import Optimizer
 from qwen3_lit.distributed.checkpoint import CheckpointWriter, load_rest, recover, require_complete
 from qwen3_lit.distributed.gradients import clip_gradients
 from qwen3_lit.distributed.sharding import (
+    device_memory,
     gathered_parameters,
     mixed_precision,
     no_gradient_sync,
     shard_model,
     shard_unit,
+    whole_gradient_fits,
 )
 from qwen3_lit.errors import UserError
 
@@ -51,7 +53,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self,
         compute_dtype: Literal["auto", "bf16", "fp32"] = "auto",
         reshard_after_forward: bool = True,
-        reduce_every_micro_step: bool = False,
+        reduce_every_micro_step: bool | None = None,
         save_distributed_checkpoint: bool = True,
         async_checkpoint: bool = True,
         process_group_backend: str | None = None,
@@ -62,8 +64,10 @@ class FSDP2Strategy(ModelParallelStrategy):
             compute_dtype: of forward and backward; auto is bf16 on a GPU and fp32 on a CPU. Master weights, reduction
                 and optimizer are fp32.
             reshard_after_forward: free each block's gathered weights after its forward.
-            reduce_every_micro_step: reduce gradients in every accumulation micro-step: slower, but keeps gradients
-                sharded, where the default holds one full fp32 gradient per rank while it accumulates.
+            reduce_every_micro_step: whether accumulation micro-steps reduce their gradients too. That keeps gradients
+                sharded and sends 4 bytes a parameter more in each micro-step, as much as the two bf16 gathers of the
+                weights. Without it every rank holds the whole fp32 gradient while it accumulates: 122 GB for 30B-A3B.
+                null reduces unless that gradient fits into a tenth of the device's memory.
             save_distributed_checkpoint: a folder with each rank's shards; false writes one file from rank 0.
             async_checkpoint: write folders in the background.
             process_group_backend: null takes nccl on GPUs and gloo on CPUs.
@@ -97,6 +101,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     def shard(self, model: nn.Module) -> nn.Module:
         """Shards ``model`` (with ``.layers``) over the data-parallel mesh in place; call it in ``configure_model``,
         once."""
+        if self.reduce_every_micro_step is None:
+            self.reduce_every_micro_step = not whole_gradient_fits(model, device_memory(self.root_device))
         policy = mixed_precision(self.root_device.type, self.compute_dtype)
         mesh = self.device_mesh["data_parallel"]
         return shard_model(model, mesh, policy, reshard_after_forward=self.reshard_after_forward)
@@ -108,8 +114,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @contextlib.contextmanager
     def block_backward_sync(self) -> Generator:
-        """No reduction inside: Lightning enters it on accumulation micro-steps, manual optimization enters it
-        itself."""
+        """No reduction inside, unless micro-steps reduce: Lightning enters it on accumulation micro-steps, manual
+        optimization enters it itself."""
         if self.reduce_every_micro_step or self.model is None:
             yield
         else:

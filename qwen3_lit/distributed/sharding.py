@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -70,6 +71,19 @@ def shard_unit(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     """Every sharded unit in ``model``, itself included."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory of a GPU, or of the host."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def whole_gradient_fits(model: nn.Module, memory: int) -> bool:
+    """Whether one rank can hold every trainable parameter's fp32 gradient beside all else: in a tenth of ``memory``
+    bytes."""
+    return 10 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad) <= memory
 
 
 @contextmanager
