@@ -1,8 +1,8 @@
-"""A Lightning logger that appends every logged row to ``metrics.jsonl``.
+"""A Lightning logger that appends every logged row of training to ``metrics.jsonl``.
 
 Each line is ``{"step": int, "seconds": wall clock since the epoch, name: value, ...}``. After a kill the run
 repeats the steps since its checkpoint: their old rows, and a half-written last line, are dropped when the first new row
-comes.
+comes. The other verbs append to ``validate.jsonl`` and ``test.jsonl``: they log at step 0, which is no step of the run.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 class JsonlLogger(Logger):
-    """Writes ``<folder>/metrics.jsonl``, one JSON object a line, flushed as it goes."""
+    """Writes ``<folder>/metrics.jsonl``, or the file of another verb than fit, one JSON object a line, flushed."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, verb: str = "fit") -> None:
         super().__init__()
-        self.path = Path(folder) / "metrics.jsonl"
-        self._continued = False
+        self.path = Path(folder) / ("metrics.jsonl" if verb == "fit" else f"{verb}.jsonl")
+        self._continued = verb != "fit"
         self._latest: tuple[int, frozenset[str]] | None = None
 
     @property
@@ -51,6 +51,7 @@ class JsonlLogger(Logger):
         if self._latest == (step, frozenset(metrics)):
             return
         self._latest = step, frozenset(metrics)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self._continued:
             self._drop_repeated(step)
             self._continued = True
@@ -62,7 +63,6 @@ class JsonlLogger(Logger):
             file.write(json.dumps(row) + "\n")
 
     def _drop_repeated(self, first_step: int) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             return
         kept = []

@@ -164,7 +164,7 @@ class PhaseCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
         if config.get("logger") in (None, True):
-            config["logger"] = _loggers(Path(config["default_root_dir"]))
+            config["logger"] = _loggers(Path(config["default_root_dir"]), self.verb)
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -180,11 +180,13 @@ def _remove_new(folder: Path, before: set[Path] | None) -> None:
         folder.rmdir()
 
 
-def _loggers(folder: Path) -> list[Any]:
+def _loggers(folder: Path, verb: str) -> list[Any]:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from qwen3_lit.cli.jsonl_logger import JsonlLogger
 
+    if verb != "fit":  # TensorBoard would show the figures as points of the run's curves, at step 0
+        return [JsonlLogger(folder, verb)]
     board = TensorBoardLogger(save_dir=str(folder), name="", version="tensorboard", default_hp_metric=False)
     return [board, JsonlLogger(folder)]
 

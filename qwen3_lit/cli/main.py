@@ -37,8 +37,8 @@ class Verb:
 
 VERBS = [
     Verb("fit", "qwen3_lit.cli.lightning_cli", "train one phase: -c RECIPE [-c OVERLAY ...] [--key=value ...]"),
-    Verb("validate", "qwen3_lit.cli.lightning_cli", "run a phase's validation on its newest checkpoint"),
-    Verb("test", "qwen3_lit.cli.lightning_cli", "run a phase's test on its newest checkpoint"),
+    Verb("validate", "qwen3_lit.cli.lightning_cli", "held-out loss of a phase's newest checkpoint"),
+    Verb("test", "qwen3_lit.cli.lightning_cli", "evaluate a phase's newest checkpoint, as its own report does"),
     Verb("pipeline", "qwen3_lit.cli.pipeline", "run the phases of a pipeline file in order; resumes where it stopped"),
     Verb("generate", "qwen3_lit.cli.generate", "talk to a phase's folder, with /think, /no_think, a thinking budget"),
     Verb("data tokenizer", "qwen3_lit.cli.data_tokenizer", "train a byte-level BPE tokenizer with Qwen3's tokens"),

@@ -285,9 +285,10 @@ class TextDataModule(L.LightningDataModule):
             make, lambda: self.rank, stride=self.world_size, stop=rounds * self.world_size, length=rounds
         )
 
-    def test_dataloader(self) -> BatchStream | list[Any]:
-        """The validation batches."""
-        return self.val_dataloader()
+    def test_dataloader(self) -> range:
+        """One round without data: a phase's test is its evaluation, which reads the held-out data itself."""
+        self.ensure_loaded()
+        return range(1)
 
     def state_dict(self) -> dict[str, Any]:
         """``batches_done`` over all ranks, the trainer's own count, and the settings that decide the order."""

@@ -314,6 +314,11 @@ class PhaseModule(L.LightningModule):
         """Figures of the model as it stands, on held-out data; called before and after the phase."""
         raise NotImplementedError
 
+    def test_step(self, batch: int, batch_idx: int) -> None:
+        """Log ``evaluate()`` of the weights as they are, which reads its data itself."""
+        figures = {f"test/{name}": float(value) for name, value in self.evaluate().items()}
+        self.log_dict(figures, batch_size=1)
+
     def report_metrics(self, before: dict[str, float], after: dict[str, float], seconds: float) -> dict[str, float]:
         """What the stage table shows of this phase; by default every figure before and after."""
         return {f"{k}_before": v for k, v in before.items()} | {f"{k}_after": v for k, v in after.items()}
