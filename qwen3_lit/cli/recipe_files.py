@@ -1,20 +1,21 @@
 """Recipe files as text: where they lie, which line sets which key, and which of them may be stacked.
 
-A recipe names classes (``class_path``); an overlay names none and comes after the recipe. Two files that set different
-class_paths under one key are refused, because the parser would hand the first class's arguments to the second. Nothing
-here imports torch or the classes themselves.
+A recipe names classes (``class_path``, or a bare name in its place); an overlay names none and comes after the recipe.
+Two files that set different classes under one key are refused, because the parser would hand the first class's
+arguments to the second. Nothing here imports torch or the classes themselves.
 """
 
 import difflib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 import qwen3_lit
+from qwen3_lit.cli.class_index import class_index
 from qwen3_lit.errors import UserError
 
 KeyPath = tuple[str, ...]
@@ -158,9 +159,26 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[Path], list[str], list[Se
     return files, rest, settings
 
 
+_NULL = ("null", "~", "")
+_CLASS_NAME = re.compile(r"(?:\w+\.)*[A-Z]\w*")
+
+
 def _short(setting: Setting) -> str:
     """The class name at the end of an import path."""
     return (setting.value or "").rpartition(".")[2]
+
+
+def _class_key(path: KeyPath) -> KeyPath:
+    """Where a class is set, one way for all spellings: the parser takes keys with and without ``init_args``."""
+    return tuple(part for part in path if part not in ("class_path", "init_args"))
+
+
+def _names_class(setting: Setting, known: Container[KeyPath]) -> bool:
+    """Whether the value is a class: under ``class_path``, or the bare name that the parser takes in its place."""
+    if setting.path[-1] == "class_path" or setting.path in (("model",), ("data",)):
+        return True
+    value = setting.value or ""
+    return value in class_index() or (_class_key(setting.path) in known and bool(_CLASS_NAME.fullmatch(value)))
 
 
 def check_stack(stacks: Sequence[Sequence[Setting]]) -> None:
@@ -173,20 +191,20 @@ def check_stack(stacks: Sequence[Sequence[Setting]]) -> None:
     for settings in stacks:
         named_here: dict[KeyPath, Setting] = {}
         for setting in settings:
-            if setting.value is None or not (
-                setting.path[-1] == "class_path" or setting.path in (("model",), ("data",))
-            ):
+            if setting.value is None or any(part.isdigit() for part in setting.path):
                 continue
-            bare = setting.path[:-1] if setting.path[-1] == "class_path" else setting.path
-            if not any(part.isdigit() for part in bare):
-                named_here[bare] = setting
+            key = _class_key(setting.path)
+            if setting.value in _NULL and key in classes:  # null forgets the class and its arguments
+                classes = {known: first for known, first in classes.items() if known[: len(key)] != key}
+            elif _names_class(setting, classes):
+                named_here[key] = setting
         for key, setting in named_here.items():
             first = classes.get(key)
             if first and _short(first) != _short(setting):
                 raise UserError(
                     f"{setting.where}: {'.'.join(key)} is set to {setting.value}, but {first.where} set it to "
-                    f"{first.value}; two recipes cannot be stacked: start from one of them (`qwen3-lit cp`) and add "
-                    "overlays without class_path"
+                    f"{first.value}, whose arguments would go to {_short(setting)}: copy one recipe (`qwen3-lit cp`), "
+                    "name the class there and stack only overlays without class_path"
                 )
             if key in orphans and not first:
                 early = orphans[key]

@@ -61,6 +61,39 @@ def test_two_recipes_cannot_be_stacked(tmp_path: Path) -> None:
     check_stack([first, first, []])
 
 
+LOSS = "model:\n  class_path: GRPOModule\n  init_args:\n    policy_loss:\n      class_path: GRPOLoss\n"
+
+
+@pytest.mark.parametrize("value", ["GSPOLoss", "my_package.MyLoss", "{class_path: GSPOLoss}"])
+@pytest.mark.parametrize("key", ["model.init_args.policy_loss", "model.policy_loss"])
+def test_a_bare_class_name_counts_as_class_path(tmp_path: Path, value: str, key: str) -> None:
+    recipe = read_settings(_write(tmp_path, "a.yaml", LOSS))
+    overlay = f"model:\n  init_args:\n    policy_loss: {value}\n"
+    _, _, typed = split_arguments([f"--{key}={value}"])
+    for stack in (read_settings(_write(tmp_path, "o.yaml", overlay)), typed):
+        with pytest.raises(UserError, match=r"policy_loss is set to .*Loss, but .*a.yaml:5 set it to GRPOLoss"):
+            check_stack([recipe, stack])
+
+
+def test_bare_names_of_ours_are_known_without_a_class_path_before_them(tmp_path: Path) -> None:
+    recipe = read_settings(_write(tmp_path, "a.yaml", LOSS.replace("\n      class_path: GRPOLoss", " GRPOLoss")))
+    _, _, typed = split_arguments(["--model.init_args.policy_loss=GSPOLoss"])
+    with pytest.raises(UserError, match=r"command line: model.policy_loss is set to GSPOLoss, but .*a.yaml:4"):
+        check_stack([recipe, typed])
+
+
+@pytest.mark.parametrize("value", ["null", "GRPOLoss", "qwen3_lit.losses.policy_gradient.GRPOLoss", "false", "0.5"])
+def test_values_that_mix_no_classes_are_let_through(tmp_path: Path, value: str) -> None:
+    recipe = read_settings(_write(tmp_path, "a.yaml", LOSS))
+    check_stack([recipe, split_arguments([f"--model.init_args.policy_loss={value}"])[2]])
+
+
+def test_null_forgets_a_class(tmp_path: Path) -> None:
+    recipe = read_settings(_write(tmp_path, "a.yaml", LOSS))
+    clear = read_settings(_write(tmp_path, "o.yaml", "model:\n  init_args:\n    policy_loss: null\n"))
+    check_stack([recipe, clear, split_arguments(["--model.init_args.policy_loss=GSPOLoss"])[2]])
+
+
 def test_an_overlay_before_its_recipe_is_refused_with_the_fix(tmp_path: Path) -> None:
     recipe = read_settings(_write(tmp_path, "a.yaml", RECIPE))
     overlay = read_settings(_write(tmp_path, "o.yaml", OVERLAY))
