@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from qwen3_lit.errors import UserError
+
 Shards = tuple[DeviceMesh, tuple[int, ...]]
 """A mesh and the dimensions of it that a gradient is sharded on."""
 
@@ -88,3 +90,30 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor | float) 
         by_device[gradient.device].append(gradient)
     for device, tensors in by_device.items():
         torch._foreach_mul_(tensors, factor.to(device) if isinstance(factor, Tensor) else factor)
+
+
+class NormWatch:
+    """Remembers on the device the first optimizer step whose gradient norm was not finite: only asking waits for it.
+
+    The weights behind such a step are lost. A run asks before it keeps anything of them, and every few steps.
+    """
+
+    def __init__(self) -> None:
+        self._bad_step: Tensor | None = None
+
+    def see(self, norm: Tensor, step: int) -> None:
+        """Take note of the norm (0-d) of optimizer step ``step`` >= 1."""
+        if self._bad_step is None:
+            self._bad_step = torch.zeros((), dtype=torch.int64, device=norm.device)
+        newly_bad = ~torch.isfinite(norm) & (self._bad_step == 0)
+        self._bad_step = torch.where(newly_bad, step, self._bad_step)
+
+    def require_finite(self) -> None:
+        """Raises UserError when a norm was not finite; the same on every rank."""
+        step = 0 if self._bad_step is None else int(self._bad_step)
+        if step:
+            raise UserError(
+                f"gradient norm of step {step} is not finite: nothing is saved from that step on, the last checkpoint "
+                "before it is kept, and the same command continues there; if the step fails again, lower "
+                "optimizer.learning_rate or optimizer.grad_clip_norm, or look at its data"
+            )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qwen3_lit.data.batch import PackedBatch
 from qwen3_lit.data.tokenizer import TextTokenizer, check_tokenizer_fits
 from qwen3_lit.distributed.fsdp2_strategy import FSDP2Strategy, loss_scale
-from qwen3_lit.distributed.gradients import clip_gradients, scale_gradients
+from qwen3_lit.distributed.gradients import NormWatch, clip_gradients, scale_gradients
 from qwen3_lit.distributed.rng import collect_rng_state, restore_rng_state
 from qwen3_lit.errors import UserError
 from qwen3_lit.losses.language_model import language_model_loss
@@ -92,6 +92,7 @@ class PhaseModule(L.LightningModule):
         """The latest generated completions, for the sample table."""
         self.expert_load_LE: Tensor | None = None
         """Routed rows of each expert since a callback last cleared it."""
+        self._norms = NormWatch()
         self._step_targets = 0.0
         self._micro_steps = 0
         if init_from is not None:
@@ -265,8 +266,14 @@ class PhaseModule(L.LightningModule):
         return optimizer
 
     def end_optimizer_step(self, optimizer: LightningOptimizer) -> None:
-        """Clip, step, move the learning rate on, and let the balance strategy forget the step."""
+        """Clip, step, move the learning rate on, and let the balance strategy forget the step.
+
+        Raises:
+            UserError: the gradient norm is not finite; the weights are as before.
+        """
         self.clip_gradients_and_log(optimizer)
+        # Beside a rollout a wait for the device costs nothing, and the next rollout needs weights that are numbers.
+        self._norms.require_finite()
         optimizer.step()
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
@@ -299,6 +306,7 @@ class PhaseModule(L.LightningModule):
         """Clip by the norm over all parameters and meshes; the norm before clipping is logged."""
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         norm = clip_gradients(parameters, self.optimizer_config.grad_clip_norm)
+        self._norms.see(norm, self.trainer.global_step + 1)
         self.log("train/grad_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
@@ -307,6 +315,15 @@ class PhaseModule(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         if self.automatic_optimization:
             self.balance.after_optimizer_step(self.model)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop behind a gradient that was not finite, at the steps at which the trainer waits for the device anyway."""
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._norms.require_finite()
+
+    def on_train_epoch_end(self) -> None:
+        """Stop before the callbacks evaluate and export what is no model any more."""
+        self._norms.require_finite()
 
     # ---- evaluation and hand-over
 
@@ -325,10 +342,16 @@ class PhaseModule(L.LightningModule):
 
     def export(self, folder: str | Path) -> None:
         """Write the Hugging Face folder that the next phase (and transformers, and vLLM) loads."""
+        self._norms.require_finite()
         save_hf(self.model, self.model.config, str(folder), tokenizer_dir=self.tokenizer.path)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Random states and balance counts: a resumed run draws and balances like one never stopped."""
+        """Random states and balance counts: a resumed run draws and balances like one never stopped.
+
+        Raises:
+            UserError: a gradient norm was not finite, so that these weights must not replace the last good ones.
+        """
+        self._norms.require_finite()
         checkpoint["phase"] = {
             "balance": self.balance.state_dict(),
             "step_targets": (self._step_targets, self._micro_steps),
