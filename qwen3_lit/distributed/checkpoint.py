@@ -22,7 +22,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
 
 from qwen3_lit.errors import UserError
 
@@ -199,10 +198,7 @@ def _save_file(content: dict[str, Any], path: Path) -> None:
 def _cpu_copy(value: Any) -> Any:
     """A deep copy whose tensors lie on the CPU and share nothing with the original, which training goes on to
     change."""
-    if isinstance(value, DTensor):
-        local = value.to_local().detach().to("cpu", copy=True)
-        mesh, placements = value.device_mesh, value.placements
-        return DTensor.from_local(local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
+    # A DTensor keeps its mesh, and its local part goes to the CPU; `DTensor.from_local` would move that part back.
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if type(value) in (dict, list, tuple):

@@ -9,10 +9,22 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from qwen3_lit.distributed import checkpoint
-from qwen3_lit.distributed.checkpoint import CheckpointWriter, commit, is_complete, load_rest, recover, require_complete
+from qwen3_lit.distributed.checkpoint import (
+    CheckpointWriter,
+    _cpu_copy,
+    commit,
+    is_complete,
+    load_rest,
+    recover,
+    require_complete,
+)
 from qwen3_lit.errors import UserError
 
 
@@ -152,3 +164,19 @@ def test_commit_replaces_a_link(tmp_path: Path) -> None:
     link.symlink_to(tmp_path / "elsewhere")
     commit(new, link)
     assert link.is_dir() and not link.is_symlink()
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_the_copy_of_a_sharded_tensor_lies_on_the_cpu_whatever_its_mesh(tmp_path: Path, device_type: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = DeviceMesh(device_type, [0], mesh_dim_names=("data",), _init_backend=False, _rank=0)
+        original = torch.arange(6.0).view(3, 2)
+        spec = DTensorSpec(mesh, (Shard(0),), TensorMeta(original.shape, original.stride(), original.dtype))
+        copied = _cpu_copy({"weight": DTensor(original, spec, requires_grad=True)})["weight"]
+        original.fill_(9.0)
+        assert copied.device_mesh == mesh and copied.placements == (Shard(0),) and not copied.requires_grad
+        assert copied.to_local().device.type == "cpu"
+        torch.testing.assert_close(copied.to_local(), torch.arange(6.0).view(3, 2))
+    finally:
+        dist.destroy_process_group()
