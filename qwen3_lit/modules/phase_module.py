@@ -33,7 +33,7 @@ from qwen3_lit.model.moe import MoE
 from qwen3_lit.model.transformer import ModelOutput, Qwen3
 from qwen3_lit.optim.optimizer import build_optimizer
 from qwen3_lit.optim.param_groups import OptimizerConfig
-from qwen3_lit.optim.schedule import ScheduleConfig, learning_rate_multiplier
+from qwen3_lit.optim.schedule import ScheduleConfig, check_length, learning_rate_multiplier
 
 log = logging.getLogger(__name__)
 
@@ -141,8 +141,9 @@ class PhaseModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over all trainable parameters and a scheduler stepped with it."""
-        optimizer = build_optimizer(self, self.optimizer_config)
         total_steps = self.schedule_steps()
+        check_length(self.schedule_config, total_steps)
+        optimizer = build_optimizer(self, self.optimizer_config)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_multiplier(step, self.schedule_config, total_steps)
         )

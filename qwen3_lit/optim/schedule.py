@@ -48,6 +48,29 @@ class ScheduleConfig:
             )
 
 
+def check_length(config: ScheduleConfig, total_steps: int | None) -> None:
+    """Refuse a schedule that does not fit the phase, before anything is trained.
+
+    Args:
+        config: the schedule.
+        total_steps: optimizer steps of the phase, None when it has no end.
+
+    Raises:
+        UserError: a decaying schedule without a known length, or a warm-up that leaves no step at the full rate.
+    """
+    total = config.total_steps if config.total_steps is not None else total_steps
+    if total is None:
+        if config.kind != "constant":
+            raise UserError(
+                f"schedule.kind: {config.kind!r} needs a length: set trainer.max_steps or schedule.total_steps"
+            )
+    elif config.warmup_steps >= max(1, total):
+        raise UserError(
+            f"schedule.warmup_steps: got {config.warmup_steps}, expected fewer than the {total} steps of the phase "
+            "(trainer.max_steps, or less data); for a run that stops early set schedule.total_steps to the whole length"
+        )
+
+
 def learning_rate_multiplier(step: int, config: ScheduleConfig, total_steps: int | None = None) -> float:
     """Multiplier for optimizer step ``step`` (the first is 0), in [0, 1].
 
@@ -56,27 +79,23 @@ def learning_rate_multiplier(step: int, config: ScheduleConfig, total_steps: int
         config: the schedule.
         total_steps: length of the phase when ``config.total_steps`` is null. Past it the multiplier stays at min_ratio.
 
-    Raises:
-        UserError: a decaying schedule without a known length, or a warm-up as long as the phase.
+    Settings that do not fit each other are `check_length`'s to refuse: a step that is done is no place to fail.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.kind == "constant":
         return 1.0
     total = config.total_steps if config.total_steps is not None else total_steps
-    if total is None or total < 1:
-        raise UserError(f"schedule.kind {config.kind!r} needs a length: set trainer.max_steps or schedule.total_steps")
-    if config.warmup_steps >= total:
-        raise UserError(
-            f"schedule.warmup_steps: got {config.warmup_steps}, expected fewer than the {total} steps of the phase"
-        )
+    assert total is not None, "check_length refuses a decay without a length"
+    if step >= total:
+        return config.min_ratio
     if config.kind == "wsd":
         decay_steps = max(1, round(config.decay_fraction * total))
         start, shape = max(config.warmup_steps, total - decay_steps), config.decay_shape
     else:
         start, shape = config.warmup_steps, config.kind
     # The last step (total - 1) still learns: the decay would reach min_ratio at step `total`.
-    progress = min(1.0, max(0.0, (step - start) / (total - start)))
+    progress = max(0.0, (step - start) / (total - start))
     return config.min_ratio + (1.0 - config.min_ratio) * _DECAYS[shape](progress)
 
 

@@ -20,6 +20,7 @@ from qwen3_lit.modules.distill import DistillModule
 from qwen3_lit.modules.pretrain import PretrainModule
 from qwen3_lit.modules.reward_model import RewardModule
 from qwen3_lit.optim.param_groups import OptimizerConfig
+from qwen3_lit.optim.schedule import ScheduleConfig
 
 
 class Rows(TextDataModule):
@@ -131,6 +132,14 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, tokenizer_folder
     module = PretrainModule(config=config(vocab_size=100))
     with pytest.raises(UserError, match="the model has vocab_size 100"):
         trainer(tmp_path, max_steps=1).fit(module, Rows(tokenizer_folder, [pack_row([document(9, 5, 0)])]))
+
+
+def test_a_warmup_as_long_as_the_phase_is_refused_before_it_trains(tmp_path, tokenizer_folder):
+    rows = Rows(tokenizer_folder, [pack_row([document(9, 5, 0)])])
+    module = PretrainModule(config=config(), schedule=ScheduleConfig(kind="cosine", warmup_steps=3))
+    with pytest.raises(UserError, match="schedule.warmup_steps: got 3, expected fewer than the 2 .*trainer.max_steps"):
+        trainer(tmp_path, max_steps=2).fit(module, rows)
+    assert module.global_step == 0 and module.counters.tokens == 0
 
 
 def test_another_tokenizer_of_the_same_size_than_that_of_init_from_or_of_the_teacher_is_refused(

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from qwen3_lit.errors import UserError
-from qwen3_lit.optim.schedule import ScheduleConfig, learning_rate_multiplier
+from qwen3_lit.optim.schedule import ScheduleConfig, check_length, learning_rate_multiplier
 
 
 def curve(config: ScheduleConfig, total: int = 100) -> list[float]:
@@ -52,10 +52,28 @@ def test_own_length_wins_over_the_trainers() -> None:
         lambda: ScheduleConfig(min_ratio=1.5),
         lambda: ScheduleConfig(decay_fraction=0.0),
         lambda: ScheduleConfig(total_steps=0),
-        lambda: learning_rate_multiplier(0, ScheduleConfig(kind="linear")),
-        lambda: learning_rate_multiplier(10, ScheduleConfig(kind="linear", warmup_steps=10), 10),
+        lambda: check_length(ScheduleConfig(kind="linear"), None),
+        *(
+            lambda kind=kind, warmup=warmup: check_length(ScheduleConfig(kind=kind, warmup_steps=warmup), 10)
+            for kind in ("constant", "linear", "cosine", "wsd")
+            for warmup in (10, 11)
+        ),
+        lambda: check_length(ScheduleConfig(warmup_steps=10, total_steps=5), 100),
     ],
 )
 def test_bad_settings_are_user_errors(make) -> None:
     with pytest.raises(UserError, match="schedule"):
         make()
+
+
+def test_lengths_that_fit() -> None:
+    check_length(ScheduleConfig(warmup_steps=10), None)
+    check_length(ScheduleConfig(kind="cosine", warmup_steps=9), 10)
+    check_length(ScheduleConfig(kind="wsd", warmup_steps=2000, total_steps=10_000), 2)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "wsd"])
+@pytest.mark.parametrize("warmup_steps", [0, 10, 12])
+def test_a_step_behind_the_end_never_fails(kind: str, warmup_steps: int) -> None:
+    config = ScheduleConfig(kind=kind, warmup_steps=warmup_steps, min_ratio=0.2)
+    assert learning_rate_multiplier(12, config, 10) == pytest.approx(0.2)
