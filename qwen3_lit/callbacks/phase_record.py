@@ -14,10 +14,11 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 
 from qwen3_lit.data.atomic_files import write_text
 from qwen3_lit.model.cost import active_parameter_count, parameter_count
-from qwen3_lit.modules.phase_module import PhaseModule
+from qwen3_lit.modules.phase_module import Counters, PhaseModule
 
 PHASE_FILE = "phase.json"
 PACKAGES = ("qwen3_lit", "torch", "lightning", "litdata", "transformers", "triton", "flash-attn-4", "flash-attn")
@@ -63,6 +64,20 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def work_done(trainer: L.Trainer, module: PhaseModule) -> dict[str, int | float]:
+    """Tokens of all ranks together, and the rollout seconds of the slowest; every rank has to call it."""
+    mine = module.counters
+    ranks: list[Counters] = [mine]
+    if trainer.world_size > 1:
+        ranks = [mine] * trainer.world_size
+        dist.all_gather_object(ranks, mine)
+    return {
+        "tokens": sum(counters.tokens for counters in ranks),
+        "rollout_tokens": sum(counters.rollout_tokens for counters in ranks),
+        "rollout_seconds": round(max(counters.rollout_seconds for counters in ranks), 2),
+    }
+
+
 def run_facts(trainer: L.Trainer, module: PhaseModule) -> dict[str, Any]:
     """Module, data, model size, trainer and environment of a run."""
     data = trainer.datamodule  # type: ignore[attr-defined]
@@ -76,9 +91,6 @@ def run_facts(trainer: L.Trainer, module: PhaseModule) -> dict[str, Any]:
         "seed": getattr(data, "seed", None),
         "steps": trainer.global_step,
         "max_steps": trainer.max_steps,
-        "tokens": module.counters.tokens,
-        "rollout_tokens": module.counters.rollout_tokens,
-        "rollout_seconds": round(module.counters.rollout_seconds, 2),
         "model": {
             "parameters": parameter_count(module.config),
             "active_parameters": active_parameter_count(module.config),

@@ -20,7 +20,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Checkpoint
 
-from qwen3_lit.callbacks.phase_record import PHASE_FILE, is_trial, read_record, run_facts, write_record
+from qwen3_lit.callbacks.phase_record import PHASE_FILE, is_trial, read_record, run_facts, work_done, write_record
 from qwen3_lit.callbacks.samples import SAMPLES_FILE, replace_stage
 from qwen3_lit.callbacks.throughput import peak_memory_gb
 from qwen3_lit.distributed.rng import collect_rng_state, restore_rng_state
@@ -177,6 +177,7 @@ class RunReport(Checkpoint):
             if missing or not self.evaluate
             else pl_module.report_metrics(before, after, self._seconds)
         )
+        work = work_done(trainer, pl_module)
         if trainer.is_global_zero:
             record = {
                 "name": self._folder(trainer).resolve().name,
@@ -186,6 +187,7 @@ class RunReport(Checkpoint):
                 "before": before,
                 "after": after,
                 "peak_memory_gb": peak_memory_gb(trainer.strategy.root_device),
+                **work,
                 **run_facts(trainer, pl_module),
             }
             write_record(file, record)

@@ -1,6 +1,11 @@
 """The record of a phase: measured once before, once after, only when the phase ended by itself."""
 
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +140,20 @@ def test_training_on_removes_the_old_record_first(fit: Any, tmp_path: Path) -> N
 def test_a_trial_run_leaves_nothing(fit: Any, tmp_path: Path) -> None:
     fit(fast_dev_run=1)
     assert not (tmp_path / "phase" / "phase.json").exists() and not (tmp_path / "phase" / "hf").exists()
+
+
+def test_the_record_counts_the_work_of_all_ranks(tokenizer_dir: str, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        environment = {**os.environ, "MASTER_PORT": str(probe.getsockname()[1])}
+    command = [sys.executable, str(Path(__file__).with_name("report_rank.py"))]
+    options: dict[str, Any] = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], **options) for rank in range(2)]
+    for process in ranks:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output[-3000:]
+    found = json.loads((tmp_path / "phase.json").read_text())
+    assert found["tokens"] == 2 * 2 * 32, "two steps of a row on two ranks"
+    assert found["rollout_tokens"] == 2 * (10 + 11)
+    assert found["rollout_seconds"] == 2 * 2.0, "ranks generate at the same time: the slowest counts"
