@@ -101,6 +101,8 @@ def explain(message: str, settings: Sequence[Setting], known_keys: KnownKeys, ne
         elif match := _BAD_IMPORT.search(line):
             near = near_class(owner or "")
             hint = f"; did you mean {near!r}?" if near else ""
+            if match[0].startswith("No module named"):
+                hint = f"; expected it in {Path.cwd()} or among the installed packages"
             return f"{_place([*path, 'class_path'], settings)}{'.'.join(path)}: {match[0].strip()}{hint}"
         elif line.strip().startswith("- ") or "Got value" in line:
             text = line.strip().removeprefix("- ")

@@ -162,6 +162,16 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def import_from_current_folder() -> None:
+    """Find the user's own modules, which a recipe names, as ``python -m`` does: a console script looks beside itself.
+
+    The folder comes last, so that a file in it hides no installed package.
+    """
+    folder = os.getcwd()
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.append(folder)
+
+
 def log_to_stderr() -> None:
     """Show what this project logs as plain lines; other libraries keep their own handlers."""
     handler = logging.StreamHandler()
@@ -193,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     die_with_parent()
+    import_from_current_folder()
     log_to_stderr()
     debug = os.environ.get("QWEN3_LIT_DEBUG", "") not in ("", "0")
     try:

@@ -1,6 +1,8 @@
 """What a user sees who made a mistake: one line with file, line, key, what was seen and the fix."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,25 @@ def test_an_unknown_class_names_the_nearest(tmp_path: Path, capsys: pytest.Captu
     assert main(["fit", "-c", str(path)]) == 2
     err = capsys.readouterr().err
     assert "own.yaml:" in err and "'PretranModule'" in err and "did you mean 'PretrainModule'?" in err
+
+
+def test_a_class_in_the_current_folder_is_found_and_a_missing_module_is_not_taken_for_a_misspelt_class(
+    tmp_path: Path,
+) -> None:
+    recipe = (recipes_folder() / "5_reasoning_rl.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(recipe.replace("class_path: GRPOLoss", "class_path: my_package.MyLoss"))
+    # As the console script does: the first entry of sys.path is the script's folder.
+    code = "import sys; sys.path[0] = '/usr/bin'; from qwen3_lit.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "fit", "-c", "own.yaml", "--print_config"]
+    missing = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert missing.returncode == 2
+    assert f"model.policy_loss: No module named 'my_package'; expected it in {tmp_path}" in missing.stderr
+    assert "own.yaml:" in missing.stderr and "did you mean" not in missing.stderr
+    (tmp_path / "my_package.py").write_text(
+        "from qwen3_lit.losses.policy_gradient import GRPOLoss\nclass MyLoss(GRPOLoss):\n    pass\n"
+    )
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0 and "class_path: my_package.MyLoss" in found.stdout, found.stderr
 
 
 def test_fit_without_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
