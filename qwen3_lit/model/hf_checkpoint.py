@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from qwen3_lit.errors import UserError
 from qwen3_lit.model.config import ModelConfig
@@ -43,6 +43,7 @@ from qwen3_lit.model.hf_weights import (
     and_more,
     is_hf_folder,
 )
+from qwen3_lit.model.init import copy_whole
 from qwen3_lit.model.safetensors_file import DTYPE_NAMES, write_file
 from qwen3_lit.model.transformer import Qwen3
 
@@ -81,7 +82,6 @@ def _own(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype not in (None, tensor.dtype) else tensor.clone()
 
 
-@torch.no_grad()
 def load_hf_weights(model: Qwen3, path: str | Path) -> None:
     """Copy the weights of a folder into an existing model, wherever it lies and however it is sharded.
 
@@ -92,13 +92,7 @@ def load_hf_weights(model: Qwen3, path: str | Path) -> None:
     """
     weights = HfWeights(path, model.config)
     for name, parameter in model.named_parameters():
-        value = weights[name]
-        if isinstance(parameter, DTensor):
-            mesh, placements = parameter.device_mesh, parameter.placements
-            value = value.to(device=mesh.device_type, dtype=parameter.dtype)
-            parameter.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))
-        else:
-            parameter.copy_(value)
+        copy_whole(parameter, weights[name])
 
 
 def save_hf(

@@ -9,14 +9,16 @@ Qwen3 publishes only ``initializer_range`` = 0.02 (its configuration files); the
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @torch.no_grad()
 def init_weights(model: nn.Module, generator: torch.Generator | None = None) -> None:
     """Fill every parameter of a ``Qwen3`` (or of a part of it that carries ``config``) in place.
 
-    Does nothing for parameters on the meta device: call it again once they have memory.
+    Does nothing for parameters on the meta device: call it again once they have memory. A sharded parameter gets its
+    part of what a whole one would get: every rank draws the same numbers, on the CPU, one parameter at a time.
     """
     std: float = model.config.initializer_range  # type: ignore[union-attr, assignment]
     for name, parameter in model.named_parameters():
@@ -24,5 +26,17 @@ def init_weights(model: nn.Module, generator: torch.Generator | None = None) -> 
             continue
         if name.endswith("norm.weight"):
             parameter.fill_(1.0)
+        elif isinstance(parameter, DTensor):
+            copy_whole(parameter, torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
         else:
             parameter.normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def copy_whole(parameter: nn.Parameter, value: Tensor) -> None:
+    """Copy a whole tensor, the same on every rank, into a parameter that may be sharded: each rank keeps its part."""
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        value = value.to(device=mesh.device_type, dtype=parameter.dtype)
+        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+    parameter.copy_(value)

@@ -78,16 +78,24 @@ class Qwen3(nn.Module):
     ``activation_checkpointing`` recomputes every block in the backward pass: activations of one block at a time.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, empty: bool = False) -> None:
+        """
+        Args:
+            config: the model.
+            empty: leave the parameters on the meta device, for a model too large for one process. The constructors'
+                random numbers are drawn all the same, block by block, so that ``init_weights``, once the parameters
+                have memory, gives the weights of a model built whole.
+        """
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        place = "meta" if empty else None  # None: where it is
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size).to(place)
+        self.layers = nn.ModuleList(Block(config, i).to(place) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps).to(place)
         self.rope = Rotary(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False).to(place)
         init_weights(self)
 
     @property

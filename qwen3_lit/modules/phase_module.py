@@ -28,7 +28,8 @@ from qwen3_lit.losses.reduction import sum_over_ranks
 from qwen3_lit.losses.router_metrics import router_metrics
 from qwen3_lit.model.config import POSITION_FIELDS, ModelConfig, dimension_mismatches
 from qwen3_lit.model.cost import training_flops
-from qwen3_lit.model.hf_checkpoint import load_hf, read_hf_config, save_hf
+from qwen3_lit.model.hf_checkpoint import load_hf, load_hf_weights, read_hf_config, save_hf
+from qwen3_lit.model.init import init_weights
 from qwen3_lit.model.moe import MoE
 from qwen3_lit.model.transformer import ModelOutput, Qwen3
 from qwen3_lit.optim.optimizer import build_optimizer
@@ -109,14 +110,12 @@ class PhaseModule(L.LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Build the model once, load ``init_from`` and hand it to the strategy for sharding."""
+        """Build the model once, with the weights of ``init_from`` or random ones; the strategy may shard it."""
         if hasattr(self, "model"):
             return
-        if self.init_from is None:
-            self.model = Qwen3(self.config)
-        else:
-            overrides = {name: getattr(self.config, name) for name in POSITION_FIELDS}
-            self.model = load_hf(self.init_from, dtype=torch.float32, overrides=overrides)
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        sharding = strategy if isinstance(strategy, FSDP2Strategy) else None
+        self.model = self._whole_model() if sharding is None else self._sharded_model(sharding)
         self.model.activation_checkpointing = self.activation_checkpointing
         if self._uses_expert_bias():
             for module in self.model.modules():
@@ -125,14 +124,40 @@ class PhaseModule(L.LightningModule):
         heads = self.build_heads()
         if self.compile_blocks:
             self.model.compile_blocks(fullgraph=torch.cuda.is_available())
-        strategy = self._trainer.strategy if self._trainer is not None else None
-        if isinstance(strategy, FSDP2Strategy):
-            strategy.shard(self.model)
+        if sharding is not None:
             for head in heads:
-                strategy.shard_head(head)
+                sharding.shard_head(head)
+
+    def _position_overrides(self) -> dict[str, Any]:
+        return {name: getattr(self.config, name) for name in POSITION_FIELDS}
+
+    def _whole_model(self) -> Qwen3:
+        if self.init_from is None:
+            return Qwen3(self.config)
+        return load_hf(self.init_from, dtype=torch.float32, overrides=self._position_overrides())
+
+    def _sharded_model(self, strategy: FSDP2Strategy) -> Qwen3:
+        """The same weights without a whole model in any process: 122 GB in each for 30B-A3B.
+
+        Sharded while the parameters have no memory, then filled one parameter at a time.
+        """
+        if self.init_from is None:
+            model = Qwen3(self.config, empty=True)
+        else:
+            config = read_hf_config(self.init_from, self._position_overrides())
+            with torch.device("meta"):
+                model = Qwen3(config)
+        strategy.shard(model)
+        model.to_empty(device=strategy.root_device)
+        model.rope.reset_parameters()
+        if self.init_from is None:
+            init_weights(model)
+        else:
+            load_hf_weights(model, self.init_from)
+        return model
 
     def build_heads(self) -> list[nn.Module]:
-        """Add what a phase trains beside the model, and return it for sharding."""
+        """Add what a phase trains beside the model, which has its weights, and return it for sharding."""
         return []
 
     def _uses_expert_bias(self) -> bool:
