@@ -360,7 +360,7 @@ class PhaseModule(L.LightningModule):
     def test_step(self, batch: int, batch_idx: int) -> None:
         """Log ``evaluate()`` of the weights as they are, which reads its data itself."""
         figures = {f"test/{name}": float(value) for name, value in self.evaluate().items()}
-        self.log_dict(figures, batch_size=1)
+        self.log_dict(figures, batch_size=1, sync_dist=True)
 
     def report_metrics(self, before: dict[str, float], after: dict[str, float], seconds: float) -> dict[str, float]:
         """What the stage table shows of this phase; by default every figure before and after."""
