@@ -222,6 +222,14 @@ class SourceStream:
                 "give longer documents or other buckets"
             )
         self._quotas = apportion(fractions, window_slots * slot_tokens)
+        reads = [quota / stream.num_tokens for quota, stream in zip(self._quotas, self._streams, strict=True)]
+        for stream, read in zip(self._streams, reads, strict=True):
+            if read > 10 * min(reads):
+                log.warning(
+                    "source %s: a length class of %d documents (%d tokens) is read %.0f times while another is read "
+                    "once; give more documents of its lengths, or another length mix",
+                    *(name, stream.num_documents, stream.num_tokens, read / min(reads)),
+                )
         if max_pieces is None:
             # A document longer than a slot has at most one piece a slot's worth of tokens, and its end.
             per_slot = 1 + sum(

@@ -246,7 +246,8 @@ class TextDataModule(L.LightningDataModule):
             self._loaded = True
 
     def train_dataloader(self) -> BatchStream:
-        """Training batches of this rank, from the first one that is not done yet."""
+        """Training batches of this rank, from the first one that is not done yet; in each epoch of a Trainer with
+        ``overfit_batches``, from the very first one."""
         self.ensure_loaded()
         total = self.num_train_batches()
         if total is not None and total < 1:
@@ -256,6 +257,8 @@ class TextDataModule(L.LightningDataModule):
             "prefetch": self.prefetch_batches,
             "pin": torch.cuda.is_available(),
         }
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            return BatchStream(self.make_batch, lambda: self.rank, **options)
         if total is None:
             return BatchStream(self.make_batch, self._first_index, **options)
         # Every rank makes the same number of steps: the last round may reach into the (reshuffled) next epoch.

@@ -51,7 +51,8 @@ def balance_loss(prob_sum_LE: Tensor, total_counts_LE: Tensor, total_tokens: Ten
 
     f comes from ``total_counts_LE``, which may span more tokens than the probabilities; it is a constant, so the
     gradient goes through P only. Divided by K (through f), so perfect balance gives 1.0 for any K, and E at worst for K
-    = 1. Probability sums of parts of a batch with the same ``total_counts_LE`` and ``total_tokens`` give losses that
+    = 1. Weights of others convert: transformers' loss is K times this one, Megatron's L times (it sums over layers).
+    Probability sums of parts of a batch with the same ``total_counts_LE`` and ``total_tokens`` give losses that
     add up to the loss of the whole batch. Source: Demons in the Detail (2501.11873), eq. 2 and 5.
     """
     num_experts = prob_sum_LE.shape[-1]

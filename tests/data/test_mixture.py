@@ -145,6 +145,13 @@ def test_length_buckets_keep_their_shares_and_bounds() -> None:
     assert tokens["long"] / (640 * 512) == 0.75
 
 
+def test_one_document_read_over_and_over_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    lengths = np.array([100] + [20] * 400, np.uint32)
+    buckets = [LengthBucket(60, None, 0.75), LengthBucket(0, 60, 0.25)]
+    SourceStream(lengths, seed=0, name="a", slot_tokens=128, buckets=buckets)
+    assert "1 documents (100 tokens) is read 240 times" in caplog.text
+
+
 def test_empty_bucket_gives_its_share_away_and_no_document_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
     short = lengths_of(100, 10, 50)
     stream = SourceStream(

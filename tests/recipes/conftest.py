@@ -37,11 +37,11 @@ class Small:
     def __truediv__(self, name: str) -> str:
         return str(self.root / name)
 
-    def arguments(self, recipe: str, folder: Path, **more: Any) -> list[str]:
-        """``fit`` with the recipe at laptop size on the small data, and ``more`` settings."""
+    def arguments(self, recipe: str, folder: Path, overlay: str = "debug/smoke", **more: Any) -> list[str]:
+        """``fit`` with the recipe at laptop size on the small data, an overlay, and ``more`` settings."""
         settings = self.settings(recipe) | {"trainer.default_root_dir": str(folder), **more}
         typed = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
-        return ["fit", "-c", recipe, "-c", "size/nano", "-c", "hardware/cpu", "-c", "debug/smoke", *typed]
+        return ["fit", "-c", recipe, "-c", "size/nano", "-c", "hardware/cpu", "-c", overlay, *typed]
 
     def settings(self, recipe: str) -> dict[str, Any]:
         """What a user sets to run the recipe on the small data."""

@@ -55,6 +55,16 @@ def test_general_rl_scores_by_rules_by_a_judge_and_by_a_reward_model(small: Any,
     assert not [name for name in row if name.startswith("rollout/workers/") and row[name]], "no reward failed"
 
 
+@pytest.mark.parametrize("recipe", ["1_pretrain_general", "4_cold_start_sft"])
+def test_one_batch_is_learned_by_heart(recipe: str, small: Any, tmp_path: Path) -> None:
+    settings = {"trainer.max_steps": 25, "trainer.val_check_interval": None}
+    settings["model.init_args.optimizer.learning_rate"] = 0.01
+    assert main(small.arguments(recipe, tmp_path, "debug/overfit_one_batch", **settings)) == 0
+    losses = [json.loads(line).get("train/loss") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [loss for loss in losses if loss is not None]
+    assert len(losses) == 25 and losses[-1] < 0.6 * losses[0]
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_overlays_name_no_class(overlay: str) -> None:
     assert "class_path" not in (FOLDER / f"{overlay}.yaml").read_text()
