@@ -144,7 +144,8 @@ class RunReport(Checkpoint):
         module.samples = []
         try:
             module.eval()
-            with torch.no_grad():
+            # Outside of its own steps Lightning sets no precision: the model is measured as it is trained.
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
                 figures = {name: float(value) for name, value in module.evaluate().items()}
         finally:
             restore_rng_state(rng)

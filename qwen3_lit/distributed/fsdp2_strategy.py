@@ -92,6 +92,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.world_size, 1
 
     @property
+    def param_dtype(self) -> torch.dtype:
+        """Type of the gathered weights, which is that of forward and backward."""
+        return mixed_precision(self.root_device.type, self.compute_dtype).param_dtype or torch.float32
+
+    @property
     def writer(self) -> CheckpointWriter:
         """The checkpoint writer; opened at the first save or removal, which all ranks reach together."""
         if self._writer is None:

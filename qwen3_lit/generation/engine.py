@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from qwen3_kernels import dispatch
 
 from qwen3_lit.errors import UserError
 from qwen3_lit.generation.generation_run import GenerationRun
@@ -170,8 +171,9 @@ class PagedEngine:
 
     def _ready_cache(self) -> PagedKVCache:
         weight = self.model.embed_tokens.weight
+        dtype = dispatch.autocast(weight[:0]).dtype  # of the keys and values that the model computes
         cache = self._cache
-        if cache is None or cache.dtype != weight.dtype or cache.device != weight.device:
+        if cache is None or cache.dtype != dtype or cache.device != weight.device:
             config = self.model.config
             self._cache = cache = PagedKVCache(
                 num_layers=config.num_hidden_layers,
@@ -179,7 +181,7 @@ class PagedEngine:
                 head_dim=config.head_dim,
                 num_pages=self.max_cached_tokens // self.page_size,
                 page_size=self.page_size,
-                dtype=weight.dtype,
+                dtype=dtype,
                 device=weight.device,
             )
         return cache

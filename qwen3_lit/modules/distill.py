@@ -78,9 +78,9 @@ class DistillModule(ColdStartSFTModule):
         """The frozen teacher, loaded on first use."""
         if self._teacher is None:
             assert self.teacher_folder is not None
-            teacher = load_hf(self.teacher_folder).to(self.device).eval().requires_grad_(False)
-            self.__dict__["_teacher"] = teacher
-            return teacher
+            teacher = load_hf(self.teacher_folder, dtype=self.compute_dtype)
+            self.__dict__["_teacher"] = teacher.to(self.device).eval().requires_grad_(False)
+        assert self._teacher is not None
         return self._teacher
 
     def training_step(self, batch: PackedBatch | PromptBatch, batch_idx: int) -> Tensor | None:  # type: ignore[override]

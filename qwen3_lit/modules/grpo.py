@@ -226,7 +226,8 @@ class GRPOModule(PolicyModule):
         if self.reference is None:
             if self.init_from is None:
                 raise UserError("policy_loss.beta > 0 needs init_from: the reference is the model a phase starts from")
-            self.__dict__["reference"] = load_hf(self.init_from).to(self.device).eval().requires_grad_(False)
+            reference = load_hf(self.init_from, dtype=self.compute_dtype, overrides=self.position_fields)
+            self.__dict__["reference"] = reference.to(self.device).eval().requires_grad_(False)
         assert self.reference is not None
         return self._score(row, self.reference)[0]
 

@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from qwen3_kernels import dispatch
 from torch import Tensor, nn
 
 from qwen3_lit.data.batch import PackedBatch
@@ -128,13 +129,10 @@ class PhaseModule(L.LightningModule):
             for head in heads:
                 sharding.shard_head(head)
 
-    def _position_overrides(self) -> dict[str, Any]:
-        return {name: getattr(self.config, name) for name in POSITION_FIELDS}
-
     def _whole_model(self) -> Qwen3:
         if self.init_from is None:
             return Qwen3(self.config)
-        return load_hf(self.init_from, dtype=torch.float32, overrides=self._position_overrides())
+        return load_hf(self.init_from, dtype=torch.float32, overrides=self.position_fields)
 
     def _sharded_model(self, strategy: FSDP2Strategy) -> Qwen3:
         """The same weights without a whole model in any process: 122 GB in each for 30B-A3B.
@@ -144,7 +142,7 @@ class PhaseModule(L.LightningModule):
         if self.init_from is None:
             model = Qwen3(self.config, empty=True)
         else:
-            config = read_hf_config(self.init_from, self._position_overrides())
+            config = read_hf_config(self.init_from, self.position_fields)
             with torch.device("meta"):
                 model = Qwen3(config)
         strategy.shard(model)
@@ -155,6 +153,19 @@ class PhaseModule(L.LightningModule):
         else:
             load_hf_weights(model, self.init_from)
         return model
+
+    @property
+    def position_fields(self) -> dict[str, Any]:
+        """The position fields of this phase's config, which win over those of the folder it starts from."""
+        return {name: getattr(self.config, name) for name in POSITION_FIELDS}
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type in which the trainer runs the model; frozen models beside it are loaded in it."""
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
+            return self.trainer.strategy.param_dtype
+        with self.trainer.precision_plugin.forward_context():
+            return dispatch.autocast(torch.empty(0, device=self.device)).dtype
 
     def build_heads(self) -> list[nn.Module]:
         """Add what a phase trains beside the model, which has its weights, and return it for sharding."""

@@ -119,10 +119,15 @@ class PolicyModule(PhaseModule):
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[PagedEngine]:
-        """The engine with all weights on this rank, whatever the strategy."""
+        """The engine with all weights on this rank, whatever the strategy; its cache is freed afterwards.
+
+        The cache of a 30B-A3B at 262,144 tokens is 26 GB in bf16: the update has better use for them, and zeroing it
+        anew takes some 10 ms.
+        """
         gathered = getattr(self.trainer.strategy, "gathered", None)
         with contextlib.nullcontext() if gathered is None else gathered(self.model):
             yield self.engine
+        self.engine.release_cache()
 
     def check_rollouts_fit(self, max_new_tokens: int, micro_batch_tokens: int) -> None:
         """Refuse lengths with which a rollout may fit into no micro-batch, before anything is sampled.

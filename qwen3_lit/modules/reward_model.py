@@ -31,7 +31,8 @@ class ScoreHead(nn.Module):
 
     def forward(self, hidden_PD: Tensor) -> Tensor:
         """Raw scores [P]."""
-        return hidden_PD.float() @ self.weight[0].float()
+        with torch.autocast(hidden_PD.device.type, enabled=False):
+            return hidden_PD.float() @ self.weight[0].float()
 
 
 class RewardModule(PhaseModule):

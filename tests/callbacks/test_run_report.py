@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 
 from qwen3_lit.callbacks.hf_export import HFExport
 from qwen3_lit.callbacks.run_report import RunReport
@@ -157,3 +158,15 @@ def test_the_record_counts_the_work_of_all_ranks(tokenizer_dir: str, tmp_path: P
     assert found["tokens"] == 2 * 2 * 32, "two steps of a row on two ranks"
     assert found["rollout_tokens"] == 2 * (10 + 11)
     assert found["rollout_seconds"] == 2 * 2.0, "ranks generate at the same time: the slowest counts"
+
+
+def test_evaluation_computes_as_training_does(fit: Any, make_phase: Any) -> None:
+    class Watching(type(make_phase())):  # type: ignore[misc]
+        def evaluate(self) -> dict[str, float]:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().evaluate()
+
+    for precision in ("bf16-mixed", "32-true"):
+        seen: list[bool] = []
+        fit([RunReport()], module=make_phase(kind=Watching), resume=False, max_steps=1, precision=precision)
+        assert seen and set(seen) == {precision == "bf16-mixed"}

@@ -393,3 +393,18 @@ def test_bad_settings_are_refused() -> None:
 
 def test_engine_is_a_rollout_engine() -> None:
     assert isinstance(make_engine(make_model()), RolloutEngine)
+
+
+def test_under_autocast_the_cache_is_in_the_type_of_the_keys_and_samples_as_the_packed_forward_scores() -> None:
+    model = make_model(num_experts=0)
+    engine = make_engine(model)
+    (prompt,) = prompts_of(7)
+    with torch.autocast("cpu", torch.bfloat16):
+        ((completion,),) = engine.generate([prompt], SamplingParams(max_new_tokens=12, temperature=1.0))
+        logits_TV = plain_logits(model, prompt + completion.token_ids).float()
+    assert engine._cache.dtype == torch.bfloat16
+    expected_T = logits_TV.log_softmax(-1)[len(prompt) - 1 : -1]
+    expected_T = expected_T.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(completion.logprobs), expected_T, rtol=0.05, atol=0.05)
+    engine.generate([prompt], SamplingParams(max_new_tokens=2))
+    assert engine._cache.dtype == torch.float32

@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+import torch
 
 from qwen3_lit.data.prompt_data import PromptData
 from qwen3_lit.errors import UserError
 from qwen3_lit.generation.sampling import SamplingParams
+from qwen3_lit.losses.policy_gradient import GRPOLoss
 from qwen3_lit.model.config import ModelConfig
 from qwen3_lit.model.hf_checkpoint import save_hf
 from qwen3_lit.model.transformer import Qwen3
@@ -109,3 +112,22 @@ def test_completions_that_no_micro_batch_can_hold_are_refused_before_anything_is
         module = DistillModule(config=CONFIG, on_policy=True, micro_batch_tokens=64, **options)
     with pytest.raises(UserError, match="micro_batch_tokens: seen 64, expected at least 65, .*max_prompt_tokens 61"):
         fit(module, data, tmp_path)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
+def test_frozen_models_are_held_in_the_type_that_the_trainer_computes_in(
+    precision: str, dtype: torch.dtype, tmp_path: Path, tokenizer_folder: str
+) -> None:
+    start = str(tmp_path / "start")
+    save_hf(Qwen3(CONFIG), CONFIG, start, tokenizer_dir=tokenizer_folder)
+    data = problems(tmp_path, tokenizer_folder, ["1", "1"])
+    moved = replace(CONFIG, rope_theta=123.0)
+    module = policy(config=moved, init_from=start, policy_loss=GRPOLoss(beta=0.1))
+    fit(module, data, tmp_path, precision=precision)
+    assert module.reference is not None
+    assert {p.dtype for p in module.reference.parameters()} == {dtype}
+    assert module.reference.config.rope_theta == 123.0, "the reference is the model that the phase starts from"
+    assert {p.dtype for p in module.model.parameters()} == {torch.float32}
+    student = DistillModule(config=CONFIG, on_policy=True, teacher=start, sampling=SamplingParams(max_new_tokens=4))
+    fit(student, data, tmp_path, precision=precision)
+    assert {p.dtype for p in student.teacher.parameters()} == {dtype}

@@ -57,6 +57,7 @@ class JudgeReward(Reward):
 
     Args:
         path: Hugging Face folder of the judge, run in process.
+        device: Where the judge of `path` runs; null takes a GPU where there is one.
         base_url: OpenAI-compatible server, such as http://localhost:8000/v1.
         model: Model name for the server.
         api_key_env: Environment variable that holds the server's key; null sends none.
@@ -80,6 +81,7 @@ class JudgeReward(Reward):
     def __init__(
         self,
         path: str | None = None,
+        device: str | None = None,
         base_url: str | None = None,
         model: str = "judge",
         api_key_env: str | None = None,
@@ -107,6 +109,7 @@ class JudgeReward(Reward):
                 "JudgeReward: max_score, max_new_tokens and parallel_requests must be positive, retries >= 0"
             )
         self.path = path
+        self.device = device
         self.base_url = base_url
         self.model = model
         self.api_key_env = api_key_env
@@ -139,10 +142,10 @@ class JudgeReward(Reward):
             raise UserError("JudgeReward: no judge is given; set path or base_url")
         from qwen3_lit.data.tokenizer import load_tokenizer
         from qwen3_lit.generation.engine import PagedEngine
-        from qwen3_lit.model.hf_checkpoint import load_hf
+        from qwen3_lit.rl.rewards.frozen_model import load_frozen
 
         tokenizer = load_tokenizer(self.path)
-        self.bind(PagedEngine.for_tokenizer(load_hf(self.path), tokenizer), tokenizer)
+        self.bind(PagedEngine.for_tokenizer(load_frozen(self.path, self.device), tokenizer), tokenizer)
 
     def question(self, item: RewardInput) -> list[dict[str, Any]]:
         """The conversation put to the judge."""

@@ -18,8 +18,8 @@ from qwen3_lit.data.chat_template import encode_conversation, with_reference
 from qwen3_lit.data.packing import Document, pack_best_fit, pack_row
 from qwen3_lit.data.tokenizer import TextTokenizer, load_tokenizer
 from qwen3_lit.errors import UserError
-from qwen3_lit.model.hf_checkpoint import load_hf
 from qwen3_lit.model.transformer import Qwen3
+from qwen3_lit.rl.rewards.frozen_model import load_frozen
 from qwen3_lit.rl.rewards.reward import Reward, RewardInput
 
 SCORE_HEAD_FILE = "score_head.safetensors"
@@ -116,11 +116,10 @@ class RewardModelReward(Reward):
     def prepare(self) -> None:
         if self._model is not None:
             return
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_hf(self.path)
-        self._head_1D = load_score_head(self.path, model.config.hidden_size).to(device)
+        model = load_frozen(self.path, self.device)
+        self._head_1D = load_score_head(self.path, model.config.hidden_size).to(model.embed_tokens.weight.device)
         self._tokenizer = load_tokenizer(self.path)
-        self._model = model.to(device).eval().requires_grad_(False)
+        self._model = model
 
     def conversation(self, item: RewardInput) -> list[dict[str, Any]]:
         """What the model reads: the dialog and the answer, without its thinking."""
@@ -151,7 +150,8 @@ class RewardModelReward(Reward):
             batch = pack_row([Document(documents[index]) for index in row]).to(device)
             output = self._model(batch.token_ids_T, batch.position_ids_T, batch.cu_seqlens, batch.max_seqlen)
             ends = torch.tensor([end - 1 for _, end in batch.document_spans()], device=device)
-            raw = output.hidden_TD[ends].float() @ self._head_1D[0].float()
+            with torch.autocast(device.type, enabled=False):  # scores of a group may differ by less than bf16 tells
+                raw = output.hidden_TD[ends].float() @ self._head_1D[0].float()
             scores[torch.tensor(row)] = raw.cpu()
         return scores
 

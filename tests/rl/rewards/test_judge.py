@@ -5,10 +5,15 @@ import math
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+import torch
 
 from qwen3_lit.errors import UserError
+from qwen3_lit.model.config import ModelConfig
+from qwen3_lit.model.hf_checkpoint import save_hf
+from qwen3_lit.model.transformer import Qwen3
 from qwen3_lit.rl.rewards.judge import JudgeReward, parse_score
 from qwen3_lit.rl.rewards.reward import RewardInput
 from qwen3_lit.rl.rewards.workers import RewardPool
@@ -94,3 +99,26 @@ def test_settings_are_checked() -> None:
         JudgeReward(instruction="{question} {response}")
     with pytest.raises(UserError, match="no judge"):
         JudgeReward().score_batch([item("x")])
+
+
+def test_a_judge_of_a_folder_runs_frozen_on_the_device_it_is_given(tokenizer, tmp_path: Path) -> None:
+    config = ModelConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=16,
+    )
+    save_hf(Qwen3(config), config, tmp_path / "judge", tokenizer_dir=tokenizer.path, dtype=torch.bfloat16)
+    reward = JudgeReward(path=str(tmp_path / "judge"), device="cpu", max_new_tokens=2)
+    (score,) = reward.score_batch([item("x")])
+    assert score is not None and math.isnan(score)
+    weight = reward._engine.model.embed_tokens.weight
+    assert not weight.requires_grad and not reward._engine.model.training
+    assert (weight.device.type, weight.dtype) == ("cpu", torch.float32)
+    # Any other device is taken as it is: the meta device has no numbers to compute with.
+    elsewhere = JudgeReward(path=str(tmp_path / "judge"), device="meta")
+    elsewhere.prepare()
+    assert {p.device.type for p in elsewhere._engine.model.parameters()} == {"meta"}

@@ -11,6 +11,7 @@ from qwen3_lit.errors import UserError
 from qwen3_lit.model.config import ModelConfig
 from qwen3_lit.model.hf_checkpoint import save_hf
 from qwen3_lit.model.transformer import Qwen3
+from qwen3_lit.rl.rewards.frozen_model import load_frozen
 from qwen3_lit.rl.rewards.reward import RewardInput
 from qwen3_lit.rl.rewards.reward_model import ReferenceModelReward, RewardModelReward, with_reference
 
@@ -88,3 +89,14 @@ def test_a_folder_that_does_not_fit_is_named(folder: Path) -> None:
     head.unlink()
     with pytest.raises(UserError, match="not found"):
         RewardModelReward(str(folder)).prepare()
+
+
+def test_the_score_is_in_fp32_whatever_the_folder_or_the_trainer_computes_in(folder: Path) -> None:
+    plain = RewardModelReward(str(folder), normalisation="none")
+    raw = plain.score(item("hello"))
+    assert plain._model is not None and not any(p.requires_grad for p in plain._model.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = torch.tensor(plain.score(item("hello")))
+    assert mixed == pytest.approx(raw, rel=0.1) and mixed.bfloat16().float() != mixed
+    save_hf(plain._model, plain._model.config, folder.with_name("half"), dtype=torch.bfloat16)
+    assert {p.dtype for p in load_frozen(str(folder.with_name("half")), "cpu").parameters()} == {torch.float32}
