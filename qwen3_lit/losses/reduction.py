@@ -10,9 +10,13 @@ Legend: T tokens.
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+V = TypeVar("V")
 
 
 def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -23,6 +27,28 @@ def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Te
     total = tensor.clone()
     dist.all_reduce(total, op=dist.ReduceOp.SUM, group=group)
     return total
+
+
+def max_over_ranks(tensor: Tensor) -> Tensor:
+    """Largest value of each element over all ranks, detached; the tensor itself when nothing is distributed."""
+    tensor = tensor.detach()
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return tensor
+    largest = tensor.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
+def gather_over_ranks(value: V) -> list[V]:
+    """Every rank's ``value`` in the order of ranks, for figures whose names differ between ranks.
+
+    Pickled and waited for: meant for what is shown, some hundred bytes a rollout.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def masked_sum(value_T: Tensor, mask_T: Tensor) -> Tensor:

@@ -144,7 +144,9 @@ class DistillModule(ColdStartSFTModule):
             total = total + result.divergence_sum
         self.end_optimizer_step(optimizer)
         self.log("train/divergence", sum_over_ranks(total) / tokens, prog_bar=True)
-        self.log("rollout/completion_tokens", sum(len(r.completion_ids) for r in rollouts) / len(rollouts))
+        lengths = [float(len(r.completion_ids)) for r in rollouts]
+        sampled, count = sum_over_ranks(torch.tensor([sum(lengths), len(lengths)], device=self.device)).tolist()
+        self.log("rollout/completion_tokens", sampled / count)
         self.samples = [
             {
                 "step": self.global_step,

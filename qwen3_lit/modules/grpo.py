@@ -19,7 +19,7 @@ from qwen3_lit.distributed.fsdp2_strategy import loss_scale
 from qwen3_lit.errors import UserError
 from qwen3_lit.generation.sampling import SamplingParams
 from qwen3_lit.losses.policy_gradient import GRPOLoss, PolicyInputs, PolicyLoss
-from qwen3_lit.losses.reduction import sum_over_ranks
+from qwen3_lit.losses.reduction import gather_over_ranks, max_over_ranks, sum_over_ranks
 from qwen3_lit.model.hf_checkpoint import load_hf
 from qwen3_lit.model.transformer import Qwen3
 from qwen3_lit.modules.policy_module import PolicyModule, pack_for_ranks, training_params
@@ -154,7 +154,8 @@ class GRPOModule(PolicyModule):
             dtype=torch.float64,
             device=self.device,
         )
-        tokens, sequences = sum_over_ranks(counts).clamp(min=1).tolist()
+        trained_tokens, trained_sequences = sum_over_ranks(counts).tolist()
+        tokens, sequences = max(1.0, trained_tokens), max(1.0, trained_sequences)
         optimizer = self.begin_optimizer_step()
         scale = loss_scale(self.trainer.strategy, self.trainer.world_size)
         metrics: dict[str, Tensor] = {}
@@ -192,8 +193,8 @@ class GRPOModule(PolicyModule):
                 summed = metrics.get(name, torch.zeros_like(value))
                 metrics[name] = torch.maximum(summed, value) if name.endswith("_max") else summed + value
         self.end_optimizer_step(optimizer)
-        metrics = {k: v if k.endswith("_max") else sum_over_ranks(v) for k, v in metrics.items()}
-        if "entropy" in metrics:
+        metrics = {k: max_over_ranks(v) if k.endswith("_max") else sum_over_ranks(v) for k, v in metrics.items()}
+        if "entropy" in metrics and trained_tokens:  # no token has no entropy, which is not an entropy of zero
             self.policy_loss.entropy_bonus.update(metrics["entropy"].item())
         self.log_dict({f"policy/{name}": value for name, value in metrics.items()})
 
@@ -235,12 +236,18 @@ class GRPOModule(PolicyModule):
 
     def log_rollouts(self, rollouts: list[Rollout]) -> None:
         """Reward and length figures of what was sampled (before groups were dropped), alarms, and a few completions."""
-        metrics = rollout_metrics(self._first_sampled) | {f"workers/{k}": v for k, v in self.pool.metrics.items()}
-        metrics["groups_trained"] = float(len({r.group_id for r in rollouts}))
-        for line in alarms(metrics | self.pool.metrics):
+        metrics = rollout_metrics(self._first_sampled)
+        groups, pools = zip(*gather_over_ranks((len({r.group_id for r in rollouts}), self.pool.metrics)), strict=True)
+        metrics["groups_trained"] = float(sum(groups))
+        workers = {
+            name: sum(pool.get(name, 0.0) for pool in pools) / (len(pools) if name.endswith("_frac") else 1)
+            for name in sorted({name for pool in pools for name in pool})
+        }
+        for line in alarms(metrics | workers):
             if line.split(":")[-1] not in self._said:
                 self._said.add(line.split(":")[-1])
                 log.warning(line)
+        metrics |= {f"workers/{name}": value for name, value in workers.items()}
         self.log_dict({f"rollout/{name}": value for name, value in metrics.items()})
         self.log("reward", metrics["reward/mean"], prog_bar=True)
         self.samples = [

@@ -195,7 +195,7 @@ def collect(
     Args:
         engine: samples; its log-probs are stored as they come.
         tokenizer: renders and decodes.
-        problems: problem records; their own `mode` counts, `think` when they have none.
+        problems: problem records; their own `mode` counts, else the last flag in their text, else `think`.
         params: stop tokens default to `<|im_end|>` and `<|endoftext|>`.
         environments: answer tool calls; the first that applies to a problem serves it.
         mode: overrides every problem's mode.
@@ -211,13 +211,15 @@ def collect(
     params = dataclasses.replace(params, stop_token_ids=stops)
     conversations: list[list[dict[str, Any]]] = []
     thinking_on: list[bool] = []
+    modes: list[Mode] = []
     served: list[tuple[dict[str, Any], Environment | None]] = []
     prompts: list[list[int]] = []
     for problem in problems:
         environment = find_environment(environments, problem)
         tools = problem.get("tools") or (environment.tools if environment else None)
-        wanted: Mode = mode or problem.get("mode") or "think"
-        messages, enable_thinking = apply_mode(problem_messages(problem), wanted, mode_switch)
+        asked = problem_messages(problem)
+        wanted: Mode = mode or problem.get("mode") or requested_mode(asked) or "think"
+        messages, enable_thinking = apply_mode(asked, wanted, mode_switch)
         record = {**problem, "messages": messages}
         if tools:
             record["tools"] = tools
@@ -225,6 +227,7 @@ def collect(
             record["mode"] = mode
         conversations.append(messages)
         thinking_on.append(enable_thinking)
+        modes.append(wanted)
         served.append((record, environment))
         prompts.append(prompt_ids(tokenizer, messages, tools=tools, enable_thinking=enable_thinking))
 
@@ -263,7 +266,7 @@ def collect(
                     logprobs=completion.logprobs,
                     trained_mask=completion.sampled_mask,
                     finish_reason="length" if completion.finish_reason == "length" else "stop",
-                    mode=record.get("mode") or "think",
+                    mode=modes[index],
                     group_id=first_group_id + index,
                     problem=record,
                     text=injected + tokenizer.decode(ids),

@@ -1,50 +1,84 @@
 """What a batch of rollouts looked like, as a flat dict of floats for the loggers, and the alarms that follow."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from qwen3_lit.data.chat_template import split_thinking
+from qwen3_lit.losses.reduction import gather_over_ranks
 from qwen3_lit.rl.dynamic_sampling import groups_with_signal
 from qwen3_lit.rl.rewards.mode_follow import follows_mode
 from qwen3_lit.rl.rollout import Rollout
 
 
+@dataclass(frozen=True)
+class RolloutFigures:
+    """What the metrics read of one rollout: small enough to be sent to every rank."""
+
+    task: str
+    reward: float
+    rewards: dict[str, float | None]
+    truncated: bool
+    tokens: int
+    """Tokens of the completion."""
+    sampled: int
+    """Tokens of it that were sampled, not forced."""
+    follows: float | None
+    """1 when it obeyed its problem's mode, 0 when not, None when the problem has none."""
+    policy_version: int
+
+
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Means over the rollouts; rewards that apply to none of them are absent.
+    """Means over the rollouts of all ranks; rewards that apply to none of them are absent.
+
+    Every rank has to call it, with at least one rollout.
 
     Keys: `reward/mean`, `reward/std`, `reward/<name>/mean|std`, `reward/task/<task>`, `zero_advantage_frac` (groups
     without signal), `truncated_frac`, `forced_frac` (tokens), `completion_tokens/mean|min|max`,
     `completion_tokens/terminated_mean`, `think_follow` (where problems carry a mode), `policy_version/min`.
     """
-    if not rollouts:
-        return {}
+    figures = [
+        RolloutFigures(
+            task=str(rollout.problem.get("task", "")),
+            reward=rollout.reward,
+            rewards=rollout.rewards,
+            truncated=rollout.truncated,
+            tokens=len(rollout.completion_ids),
+            sampled=sum(rollout.trained_mask),
+            follows=think_follow([rollout]),
+            policy_version=rollout.policy_version,
+        )
+        for rollout in rollouts
+    ]
+    # Groups are told apart by their rank's own count: each rank judges its own.
+    gathered = gather_over_ranks((figures, list(groups_with_signal(rollouts).values())))
+    figures = [entry for of_rank, _ in gathered for entry in of_rank]
+    signal = [differs for _, of_rank in gathered for differs in of_rank]
     metrics: dict[str, float] = {}
-    totals = np.array([rollout.reward for rollout in rollouts], dtype=np.float64)
+    totals = np.array([entry.reward for entry in figures], dtype=np.float64)
     metrics["reward/mean"], metrics["reward/std"] = float(totals.mean()), float(totals.std())
-    for name in sorted({name for rollout in rollouts for name in rollout.rewards}):
-        values = [value for rollout in rollouts if (value := rollout.rewards.get(name)) is not None]
+    for name in sorted({name for entry in figures for name in entry.rewards}):
+        values = [value for entry in figures if (value := entry.rewards.get(name)) is not None]
         if values:
             metrics[f"reward/{name}/mean"] = float(np.mean(values))
             metrics[f"reward/{name}/std"] = float(np.std(values))
-    tasks = [str(rollout.problem.get("task", "")) for rollout in rollouts]
-    for task in sorted(set(tasks)):
-        metrics[f"reward/task/{task}"] = float(totals[[entry == task for entry in tasks]].mean())
-    signal = groups_with_signal(rollouts)
-    metrics["zero_advantage_frac"] = 1.0 - sum(signal.values()) / len(signal)
-    metrics["truncated_frac"] = sum(rollout.truncated for rollout in rollouts) / len(rollouts)
-    lengths = np.array([len(rollout.completion_ids) for rollout in rollouts], dtype=np.float64)
-    metrics["forced_frac"] = 1.0 - sum(sum(rollout.trained_mask) for rollout in rollouts) / float(lengths.sum())
+    for task in sorted({entry.task for entry in figures}):
+        metrics[f"reward/task/{task}"] = float(totals[[entry.task == task for entry in figures]].mean())
+    metrics["zero_advantage_frac"] = 1.0 - sum(signal) / len(signal)
+    metrics["truncated_frac"] = sum(entry.truncated for entry in figures) / len(figures)
+    lengths = np.array([entry.tokens for entry in figures], dtype=np.float64)
+    metrics["forced_frac"] = 1.0 - sum(entry.sampled for entry in figures) / float(lengths.sum())
     metrics["completion_tokens/mean"] = float(lengths.mean())
     metrics["completion_tokens/min"] = float(lengths.min())
     metrics["completion_tokens/max"] = float(lengths.max())
-    ended = lengths[[not rollout.truncated for rollout in rollouts]]
+    ended = lengths[[not entry.truncated for entry in figures]]
     if ended.size:
         metrics["completion_tokens/terminated_mean"] = float(ended.mean())
-    followed = think_follow(rollouts)
-    if followed is not None:
-        metrics["think_follow"] = followed
-    metrics["policy_version/min"] = float(min(rollout.policy_version for rollout in rollouts))
+    followed = [entry.follows for entry in figures if entry.follows is not None]
+    if followed:
+        metrics["think_follow"] = sum(followed) / len(followed)
+    metrics["policy_version/min"] = float(min(entry.policy_version for entry in figures))
     return metrics
 
 

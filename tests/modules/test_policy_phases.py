@@ -13,6 +13,7 @@ import torch
 from qwen3_lit.data.prompt_data import PromptData
 from qwen3_lit.errors import UserError
 from qwen3_lit.generation.sampling import SamplingParams
+from qwen3_lit.losses.entropy_bonus import AdaptiveEntropyBonus
 from qwen3_lit.losses.policy_gradient import GRPOLoss
 from qwen3_lit.model.config import ModelConfig
 from qwen3_lit.model.hf_checkpoint import save_hf
@@ -131,3 +132,14 @@ def test_frozen_models_are_held_in_the_type_that_the_trainer_computes_in(
     student = DistillModule(config=CONFIG, on_policy=True, teacher=start, sampling=SamplingParams(max_new_tokens=4))
     fit(student, data, tmp_path, precision=precision)
     assert {p.dtype for p in student.teacher.parameters()} == {dtype}
+
+
+def test_a_step_that_trains_no_token_leaves_the_entropy_coefficient_alone(
+    tmp_path: Path, tokenizer_folder: str
+) -> None:
+    bonus = AdaptiveEntropyBonus(target=0.2, step=0.005)
+    loss = GRPOLoss(entropy_bonus=bonus)
+    module = policy(policy_loss=loss, mask_truncated=True, sampling=SamplingParams(max_new_tokens=1))
+    fit(module, problems(tmp_path, tokenizer_folder, ["1", "1"]), tmp_path)
+    assert all(rollout.truncated for rollout in module.trained)
+    assert bonus.state_dict() == AdaptiveEntropyBonus(target=0.2, step=0.005).state_dict()

@@ -47,6 +47,10 @@ def test_a_rank_may_refill_while_the_other_has_its_groups(run: Run, folder: Path
     first, second = run("refill", 2, folder)
     assert (first["groups"], second["groups"]) == (4, 8), "one refill takes the four spare problems"
     assert_same(second["gradients"], first["gradients"])
+    # What is shown is of both: rank 0 gives every second completion a point, rank 1 none.
+    assert first["logged"] == second["logged"]
+    shown = {name: values[0] for name, values in first["logged"].items()}
+    assert (shown["reward"], shown["rollout/zero_advantage_frac"], shown["rollout/groups_trained"]) == (0.25, 0.5, 8)
 
 
 @pytest.mark.slow
@@ -63,6 +67,7 @@ def test_on_policy_ranks_run_the_same_number_of_micro_batches(run: Run, folder: 
     save_hf(Qwen3(teacher), teacher, folder / "teacher", tokenizer_dir=folder / "tokenizer")
     first, second = run("distill", 2, folder)
     assert first["forwards"] == second["forwards"] > 1
+    assert first["logged"] == second["logged"]
     assert_same(second["gradients"], first["gradients"])
     # A rank with fewer rollouts than micro-batches adds rows that train nothing.
     assert first["trained"] == [(4, 1)] * 3

@@ -64,6 +64,18 @@ def test_how_a_mode_is_asked_for(text: str, mode: str, switch: str, expected_tex
     assert messages[-1]["content"] == expected_text and enable_thinking is thinking_on
 
 
+def test_a_flag_in_the_text_is_the_mode_of_a_problem_that_names_none(tokenizer, scripted) -> None:
+    engine = scripted(lambda prompt, sample: ["7"])
+    problems = [
+        {"messages": [{"role": "user", "content": text}], "answer": "7", "task": "add"}
+        for text in ("3 + 4? /no_think", "3 + 4? /think", "3 + 4?")
+    ]
+    rollouts = collect(engine, tokenizer, problems, SamplingParams())
+    assert [rollout.mode for rollout in rollouts] == ["no_think", "think", "think"]
+    for rollout, problem in zip(rollouts, problems, strict=True):
+        assert rollout.problem["messages"] == problem["messages"], "the text stays as it is"
+
+
 def test_an_injected_think_block_belongs_to_the_text_but_not_to_the_completion(tokenizer, scripted) -> None:
     problem = {"messages": USER, "answer": "7", "task": "add", "mode": "no_think"}
     engine = scripted(lambda prompt, sample: ["7"])
