@@ -172,7 +172,7 @@ def drop_reason(rollout: Rollout) -> str | None:
         return "no_answer"
     if "<think>" in item.answer:
         return "think_tag_in_answer"
-    return None if follows_mode(rollout.mode, item.thinking) else "wrong_mode"
+    return None if follows_mode(rollout.mode, rollout.turns) else "wrong_mode"
 
 
 def select(

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwen3_lit.data.chat_template import split_thinking
 from qwen3_lit.losses.reduction import gather_over_ranks
 from qwen3_lit.rl.dynamic_sampling import groups_with_signal
 from qwen3_lit.rl.rewards.mode_follow import follows_mode
@@ -85,7 +84,7 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 def think_follow(rollouts: Sequence[Rollout]) -> float | None:
     """Fraction of rollouts that think exactly when their problem's mode says so; None when no problem has a mode."""
     judged = [
-        follows_mode(rollout.mode, split_thinking(rollout.turns[-1]["content"])[0])
+        follows_mode(rollout.mode, rollout.turns)
         for rollout in rollouts
         if rollout.problem.get("mode") is not None and rollout.turns
     ]

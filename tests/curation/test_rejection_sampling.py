@@ -89,6 +89,13 @@ def test_select_keeps_and_counts(tokenizer: TextTokenizer) -> None:
     assert select([good], [None], "correct") == ([], {"unverifiable": 1})
 
 
+def test_a_response_that_thinks_unasked_in_an_earlier_turn_is_dropped(tokenizer: TextTokenizer) -> None:
+    made = rollout(tokenizer, "<think>\n\n</think>\n\n3", mode="no_think")
+    thought = {"role": "assistant", "content": "<think>\n1+2\n</think>\n\n<tool_call>"}
+    made.turns = [thought, {"role": "tool", "content": "3"}, *made.turns]
+    assert select([made], [1.0], "correct")[1] == {"wrong_mode": 1}
+
+
 def test_conversation_record_keeps_tool_calls(tokenizer: TextTokenizer) -> None:
     body = '{"name": "calculator", "arguments": {"expression": "1+2"}}'
     call = f"<think>\nuse it\n</think>\n\n<tool_call>\n{body}\n</tool_call>"

@@ -106,6 +106,13 @@ def test_headers_say_what_a_user_wants_to_know(recipe: str) -> None:
     assert recipe in fields["run"]
 
 
+@pytest.mark.parametrize("recipe", CLASSES)
+def test_a_recipe_that_evaluates_both_modes_asks_by_flags(recipe: str) -> None:
+    init_args = yaml.safe_load((FOLDER / f"{recipe}.yaml").read_text())["model"]["init_args"]
+    evaluation = init_args.get("evaluation") or {}
+    assert len(evaluation.get("modes", ())) < 2 or evaluation["mode_switch"] == "soft"
+
+
 @pytest.mark.parametrize("name", [name for name in shipped_names() if name.startswith("pipelines/")])
 def test_pipelines_read_and_every_step_gets_what_an_earlier_one_wrote(name: str) -> None:
     pipeline = read_pipeline(name)

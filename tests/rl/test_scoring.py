@@ -66,6 +66,13 @@ def test_a_mode_can_be_forced_on_all_problems(tokenizer, scripted) -> None:
     assert result.overall.think_follow == 1.0 and result.accuracy == 0.5
 
 
+def test_a_block_behind_an_empty_one_does_not_obey(tokenizer, scripted) -> None:
+    engine = scripted(lambda prompt, sample: ["<think>\n\n</think>\n\n<think>\nLet me really think\n</think>\n\nhi"])
+    result = evaluate_problems(engine, tokenizer, PROBLEMS[2:], REWARDS, SamplingParams())
+    assert [rollout.rewards["mode_follow"] for rollout in result.rollouts] == [0.0, 1.0]
+    assert result.overall.think_follow == 0.5
+
+
 def test_unusable_requests_are_refused(tokenizer, scripted) -> None:
     engine = scripted(lambda prompt, sample: ["7"])
     with pytest.raises(UserError, match="no problems"):

@@ -151,6 +151,30 @@ def test_mode_follow(mode: str, thinking: str | None, score: float) -> None:
     assert ModeFollowReward()(given("4", thinking=thinking, mode=mode)) == score
 
 
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("mode", "texts", "score"),
+    [
+        ("no_think", [f"{EMPTY}<think>\nLet me really think\n</think>\n\n7"], 0.0),
+        ("no_think", [f"{EMPTY}Let me really think\n</think>\n\n7"], 0.0),
+        ("no_think", [f"{EMPTY}7<think>"], 0.0),
+        ("no_think", ["<think>\nlong\n</think>\n\n<tool_call>", f"{EMPTY}7"], 0.0),
+        ("no_think", [f"{EMPTY}<tool_call>", f"{EMPTY}7"], 1.0),
+        ("no_think", ["<tool_call>", "7"], 1.0),
+        ("think", ["<think>\nlong\n</think>\n\n<tool_call>", f"{EMPTY}7"], 1.0),
+        ("think", ["the prompt has opened it</think>7"], 1.0),
+        ("think", ["<think>\nstill at it"], 1.0),
+        ("think", [f"{EMPTY}<tool_call>", f"{EMPTY}7"], 0.0),
+    ],
+)
+def test_mode_follow_reads_every_block_of_every_turn(mode: str, texts: list[str], score: float) -> None:
+    result = {"role": "tool", "content": "a tool may write <think> what it likes </think>"}
+    turns = [entry for text in texts for entry in ({"role": "assistant", "content": text}, result)][:-1]
+    assert ModeFollowReward()(given("7", thinking="", turns=turns, mode=mode)) == score
+
+
 def test_mode_follow_needs_a_commanded_mode() -> None:
     assert ModeFollowReward()(given("4", thinking="x")) is None
 
