@@ -65,6 +65,8 @@ class EvaluationConfig:
         default_factory=lambda: SamplingParams(max_new_tokens=32768, temperature=0.6, top_p=0.95, top_k=20)
     )
     """How answers are drawn; the default is the report's for thinking mode (section 4.6)."""
+    sampling_no_think: SamplingParams | None = None
+    """How answers in mode no_think are drawn; null draws them as the others."""
 
 
 class PolicyModule(PhaseModule):
@@ -97,6 +99,11 @@ class PolicyModule(PhaseModule):
         self._engine: PagedEngine | None = None
         self._pool: RewardPool | None = None
         self._engine_state: dict[str, Any] | None = None
+        if self.evaluation.sampling_no_think is not None and "no_think" not in self.evaluation.modes:
+            raise UserError(
+                f"model.init_args.evaluation: sampling_no_think is set, but modes is {self.evaluation.modes}: "
+                "add no_think to modes, or leave sampling_no_think null"
+            )
         if self.evaluation.problems and not self.rewards:
             raise UserError("model.init_args.evaluation.problems is set, but rewards is empty: add what scores answers")
 
@@ -174,12 +181,13 @@ class PolicyModule(PhaseModule):
         state = self.engine.state_dict()  # evaluation must not move the random stream of training
         with self.generating() as engine:
             for mode in modes:
+                own = config.sampling_no_think if mode == "no_think" else None
                 results[mode or "own"] = evaluate_problems(
                     engine,
                     self.tokenizer,
                     problems,
                     self.pool,
-                    config.sampling,
+                    own or config.sampling,
                     environments=self.environments,
                     mode=mode,
                     mode_switch=config.mode_switch,

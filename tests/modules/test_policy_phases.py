@@ -20,7 +20,7 @@ from qwen3_lit.model.hf_checkpoint import save_hf
 from qwen3_lit.model.transformer import Qwen3
 from qwen3_lit.modules.distill import DistillModule
 from qwen3_lit.modules.grpo import GRPOModule
-from qwen3_lit.modules.policy_module import EngineConfig
+from qwen3_lit.modules.policy_module import EngineConfig, EvaluationConfig
 from qwen3_lit.rl.rewards.reward import Reward, RewardInput
 from qwen3_lit.rl.rollout import Rollout
 
@@ -66,7 +66,7 @@ def problems(folder: Path, tokenizer: str, answers: Sequence[str], **options: An
     return PromptData(tokenizer, [str(file)], **{"prompts_per_step": 2, **options})
 
 
-def policy(**options: Any) -> Recording:
+def policy(kind: type[Recording] = Recording, **options: Any) -> Any:
     defaults = {
         "config": CONFIG,
         "rewards": [ByProblem()],
@@ -76,7 +76,7 @@ def policy(**options: Any) -> Recording:
         "mask_truncated": False,
         "engine": EngineConfig(max_batch_size=8, max_cached_tokens=4096),
     }
-    return Recording(**{**defaults, **options})
+    return kind(**{**defaults, **options})
 
 
 def fit(module: L.LightningModule, data: PromptData, folder: Path, **options: Any) -> None:
@@ -113,6 +113,27 @@ def test_completions_that_no_micro_batch_can_hold_are_refused_before_anything_is
         module = DistillModule(config=CONFIG, on_policy=True, micro_batch_tokens=64, **options)
     with pytest.raises(UserError, match="micro_batch_tokens: seen 64, expected at least 65, .*max_prompt_tokens 61"):
         fit(module, data, tmp_path)
+
+
+class Evaluating(Recording):
+    """Keeps the results of the evaluation before the step."""
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.results = self.answer_held_out()
+
+
+def test_each_mode_is_evaluated_with_its_own_sampling(tmp_path: Path, tokenizer_folder: str) -> None:
+    data = problems(tmp_path, tokenizer_folder, ["1", "1"])
+    evaluation = {"problems": [str(tmp_path / "problems.jsonl")], "sampling": SamplingParams(max_new_tokens=5)}
+    options: dict[str, Any] = {**evaluation, "modes": ["think", "no_think"]}
+    options["sampling_no_think"] = SamplingParams(max_new_tokens=3)
+    module = policy(kind=Evaluating, evaluation=EvaluationConfig(**options))
+    fit(module, data, tmp_path)
+    most = {mode: max(s["tokens"] for s in result.samples) for mode, result in module.results.items()}
+    assert most == {"think": 5, "no_think": 3}
+    with pytest.raises(UserError, match="sampling_no_think is set, but modes"):
+        policy(evaluation=EvaluationConfig(**{**options, "modes": ["think"]}))
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
