@@ -7,6 +7,7 @@ empty think block of assistant turns that are no longer last, while the cache ke
 behind.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -135,6 +136,14 @@ def tool_turn_ids(tokenizer: TextTokenizer, tool_messages: Sequence[Message], en
     return tokenizer.encode(tool_turn_text(tool_messages, enable_thinking))
 
 
+_CONTROL = re.compile(r"<(?=\||/?think>)")
+
+
+def safe_text(text: str) -> str:
+    """Untrusted text with every `<|`, `<think>` and `</think>` broken up by a space: it can end or start no turn."""
+    return _CONTROL.sub("< ", text)
+
+
 def safe_tool_messages(tool_messages: Sequence[Message]) -> list[Message]:
-    """The messages with every `<|` broken up: a tool result must not be able to end its own turn."""
-    return [{**message, "content": str(message["content"]).replace("<|", "< |")} for message in tool_messages]
+    """The messages with their content as :func:`safe_text`: a tool result must not be able to end its own turn."""
+    return [{**message, "content": safe_text(str(message["content"]))} for message in tool_messages]

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from qwen3_lit.errors import UserError
+from qwen3_lit.rl.environment import safe_text
 from qwen3_lit.rl.rewards.reward import Reward, RewardInput
 
 if TYPE_CHECKING:
@@ -37,15 +38,20 @@ What matters is whether the response says the same in substance; wording, order 
 
 End with one line "Score: N", N from 0 (wrong) to 10 (as good as the reference)."""
 
-_SCORE = re.compile(r"score\W{0,4}(\d{1,3}(?:\.\d{1,4})?)", re.IGNORECASE)
+_SCORE = re.compile(
+    r"score[\s*_:=]*(\d{1,3}(?:\.\d{1,4})?)(?:\s*(?:/|out of)\s*(\d{1,3}(?:\.\d{1,4})?))?[\s*_.]*$", re.IGNORECASE
+)
 
 
 def parse_score(text: str, max_score: float) -> float | None:
-    """The last "Score: N" of a verdict as a fraction of `max_score`; None when there is none or it is out of range."""
-    found = _SCORE.findall(text[-4000:])
-    if not found:
+    """The "Score: N" that ends a verdict, as a fraction of `max_score`; None when there is none or it is out of range.
+
+    It has to end the last line: a "Score: 10" elsewhere may be a quotation of the response.
+    """
+    found = _SCORE.search(text[-4000:].rstrip().rpartition("\n")[2])
+    if found is None or (found[2] is not None and float(found[2]) != max_score):
         return None
-    value = float(found[-1]) / max_score
+    value = float(found[1]) / max_score
     return value if value <= 1 else None
 
 
@@ -148,13 +154,13 @@ class JudgeReward(Reward):
         self.bind(PagedEngine.for_tokenizer(load_frozen(self.path, self.device), tokenizer), tokenizer)
 
     def question(self, item: RewardInput) -> list[dict[str, Any]]:
-        """The conversation put to the judge."""
+        """The conversation put to the judge; a control token that a text spells out, such as `<|im_end|>`, is none."""
         asked = "\n\n".join(str(message.get("content", "")) for message in item.messages)
         text = self.instruction
         # Not str.format: braces in the texts are no fields.
         parts = {"question": asked, "reference": item.reference, "response": item.answer[-self.max_chars :]}
         pattern = re.compile(r"\{(question|reference|response)\}")
-        return [{"role": "user", "content": pattern.sub(lambda match: parts[match.group(1)], text)}]
+        return [{"role": "user", "content": safe_text(pattern.sub(lambda match: parts[match.group(1)], text))}]
 
     def score(self, item: RewardInput) -> float | None:
         return self.score_batch([item])[0]
@@ -188,7 +194,7 @@ class JudgeReward(Reward):
         )
         prompts = [prompt_ids(tokenizer, asked, enable_thinking=self.enable_thinking) for asked in questions]
         groups = engine.generate(prompts, params)
-        return [split_thinking(tokenizer.decode(group[0].token_ids))[1] for group in groups]
+        return [split_thinking(tokenizer.decode(group[0].token_ids, skip_special=True))[1] for group in groups]
 
     def _ask_server(self, question: list[dict[str, Any]]) -> str | None:
         headers = {"Content-Type": "application/json"}

@@ -14,11 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qwen3_lit.data.chat_template import encode_conversation, with_reference
+from qwen3_lit.data.chat_template import encode_conversation, split_thinking, with_reference
 from qwen3_lit.data.packing import Document, pack_best_fit, pack_row
 from qwen3_lit.data.tokenizer import TextTokenizer, load_tokenizer
 from qwen3_lit.errors import UserError
 from qwen3_lit.model.transformer import Qwen3
+from qwen3_lit.rl.environment import safe_text
 from qwen3_lit.rl.rewards.frozen_model import load_frozen
 from qwen3_lit.rl.rewards.reward import Reward, RewardInput
 
@@ -59,6 +60,21 @@ def load_score_head(path: str | Path, width: int) -> Tensor:
         seen = "absent" if weight is None else f"of shape {list(weight.shape)}"
         raise UserError(f"{file}: {SCORE_HEAD_KEY} is {seen}, expected shape [1, {width}]")
     return weight
+
+
+def response_turns(item: RewardInput) -> list[dict[str, Any]]:
+    """The turns of the completion, the last one without its thinking.
+
+    A policy may write `<|im_end|>` with ordinary tokens; read by the encoder as the control token, it would let the
+    policy write the turns that follow, so every text is :func:`safe_text`.
+    """
+    turns: list[dict[str, Any]] = []
+    for turn in item.turns[:-1]:
+        thinking, content = None, str(turn["content"])
+        if turn["role"] == "assistant":
+            thinking, content = split_thinking(content)
+        turns.append({**turn, "content": safe_text(content), "reasoning_content": safe_text(thinking or "")})
+    return [*turns, {"role": "assistant", "content": safe_text(item.answer)}]
 
 
 class RewardModelReward(Reward):
@@ -123,7 +139,7 @@ class RewardModelReward(Reward):
 
     def conversation(self, item: RewardInput) -> list[dict[str, Any]]:
         """What the model reads: the dialog and the answer, without its thinking."""
-        return [*item.messages, *item.turns[:-1], {"role": "assistant", "content": item.answer}]
+        return [*item.messages, *response_turns(item)]
 
     def score(self, item: RewardInput) -> float | None:
         return self.score_batch([item])[0]
@@ -180,8 +196,4 @@ class ReferenceModelReward(RewardModelReward):
 
     def conversation(self, item: RewardInput) -> list[dict[str, Any]]:
         """The dialog with the reference behind its last user turn, and the answer."""
-        return [
-            *with_reference(item.messages, item.reference),
-            *item.turns[:-1],
-            {"role": "assistant", "content": item.answer},
-        ]
+        return [*with_reference(item.messages, item.reference), *response_turns(item)]
