@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from typing import Any
 
 from qwen3_lit.errors import UserError
@@ -138,10 +139,10 @@ class OpenAIEngine:
                 with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:
                     return json.load(response)
             except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
+                reason = f"HTTP {error.code}: {_body_of(error)}"
                 if error.code not in _RETRIED_STATUS:
                     raise UserError(f"{self.url}: the server refused the request, {reason}") from error
-            except (urllib.error.URLError, TimeoutError, ConnectionError, json.JSONDecodeError) as error:
+            except (OSError, ValueError, HTTPException) as error:  # HTTPException, of a cut answer, is neither
                 reason = str(error)
             if attempt < self.max_retries:
                 pause = self.retry_pause_seconds * 2**attempt
@@ -150,6 +151,13 @@ class OpenAIEngine:
         raise UserError(
             f"{self.url}: no answer after {self.max_retries + 1} attempts ({reason}); is the server running?"
         )
+
+
+def _body_of(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read(300).decode(errors="replace")
+    except (OSError, HTTPException) as failure:
+        return f"{error.reason}, body not read: {failure}"
 
 
 def _tokens_and_logprobs(choice: dict[str, Any], url: str) -> tuple[list[int], list[float]]:

@@ -25,6 +25,7 @@ class Server(ThreadingHTTPServer):
         self.headers_seen: list[dict] = []
         self.failures = 0
         self.status = 503
+        self.cut = False
         self.style = "token_ids"
 
     @property
@@ -43,7 +44,13 @@ class Handler(BaseHTTPRequestHandler):
         self.server.headers_seen.append(dict(self.headers))
         if self.server.failures:
             self.server.failures -= 1
-            self.send_error(self.server.status)
+            if self.server.cut:
+                self.send_response(200)
+                self.send_header("Content-Length", "5000")
+                self.end_headers()
+                self.wfile.write(b"{")
+            else:
+                self.send_error(self.server.status)
             return
         if self.path != "/v1/completions":
             self.send_error(404)
@@ -137,6 +144,14 @@ def test_busy_server_is_asked_again_and_a_refusal_is_not(server: Server) -> None
         make_engine(server).generate([[1]], SamplingParams(max_new_tokens=1))
     server.failures, server.status = 9, 503
     with pytest.raises(UserError, match="no answer after 3 attempts"):
+        make_engine(server).generate([[1]], SamplingParams(max_new_tokens=1))
+
+
+def test_a_cut_answer_is_asked_for_again(server: Server) -> None:
+    server.failures, server.cut = 2, True
+    assert make_engine(server).generate([[1]], SamplingParams(max_new_tokens=1))[0][0].token_ids == [2]
+    server.failures = 9
+    with pytest.raises(UserError, match="no answer after 3 attempts .IncompleteRead"):
         make_engine(server).generate([[1]], SamplingParams(max_new_tokens=1))
 
 

@@ -9,9 +9,11 @@ import json
 import logging
 import os
 import re
+import time
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
 from qwen3_lit.errors import UserError
@@ -37,6 +39,9 @@ What matters is whether the response says the same in substance; wording, order 
 {response}
 
 End with one line "Score: N", N from 0 (wrong) to 10 (as good as the reference)."""
+
+RETRY_PAUSE_SECONDS = 0.5
+"""Pause before the first further attempt; each one after it waits twice as long."""
 
 _SCORE = re.compile(
     r"score[\s*_:=]*(\d{1,3}(?:\.\d{1,4})?)(?:\s*(?:/|out of)\s*(\d{1,3}(?:\.\d{1,4})?))?[\s*_.]*$", re.IGNORECASE
@@ -74,7 +79,7 @@ class JudgeReward(Reward):
         temperature: Sampling temperature; 0 is greedy.
         max_chars: How much of the end of a response the judge reads.
         timeout_seconds: Limit of one request to the server.
-        retries: Further attempts after a failed request.
+        retries: Further attempts after a failed request, with growing pauses.
         parallel_requests: Requests under way at a time.
         weight: Weight in the composition.
         tasks: Tasks the reward applies to; null means every task.
@@ -212,11 +217,13 @@ class JudgeReward(Reward):
             f"{str(self.base_url).rstrip('/')}/chat/completions", json.dumps(body).encode(), headers, method="POST"
         )
         error: Exception | None = None
-        for _ in range(self.retries + 1):
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(RETRY_PAUSE_SECONDS * 2 ** (attempt - 1))
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout_seconds) as reply:
                     return str(json.load(reply)["choices"][0]["message"]["content"])
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as failure:
+            except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as failure:
                 error = failure
         log.warning("reward %s: %s does not answer: %s", self.name, self.base_url, error)
         return None

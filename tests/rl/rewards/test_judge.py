@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -58,6 +59,12 @@ def server() -> Iterator[tuple[str, list[dict]]]:
             if "broken" in text:
                 self.send_error(500)
                 return
+            if "cut" in text and sum("cut" in entry["messages"][0]["content"] for entry in asked) == 1:
+                self.send_response(200)
+                self.send_header("Content-Length", "5000")
+                self.end_headers()
+                self.wfile.write(b"{")
+                return
             verdict = "Score: 9" if "A fox ran" in text else "I would rather not say."
             reply = json.dumps({"choices": [{"message": {"content": verdict}}]}).encode()
             self.send_response(200)
@@ -89,6 +96,16 @@ def test_a_server_judges(server, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (first["path"], first["key"], first["model"]) == ("/v1/chat/completions", "Bearer k1", "m")
     for text in ("Who {ran}?", "a fox", "A fox ran."):
         assert text in first["messages"][0]["content"]
+
+
+def test_a_cut_answer_is_asked_for_again_after_a_pause(server) -> None:
+    url, asked = server
+    started = time.monotonic()
+    assert JudgeReward(base_url=url, retries=1).score_batch([item("A fox ran. cut")]) == [0.9]
+    assert len(asked) == 2 and time.monotonic() - started >= 0.5
+    asked.clear()
+    (score,) = JudgeReward(base_url=url, retries=0).score_batch([item("A fox ran. cut")])
+    assert score is not None and math.isnan(score)
 
 
 def test_an_engine_judges(tokenizer, scripted) -> None:
