@@ -20,7 +20,7 @@ from typing import Any
 from qwen3_lit.errors import UserError
 from qwen3_lit.generation.protocol import OnStop, Progress
 from qwen3_lit.generation.sampling import Completion, SamplingParams, per_prompt_params
-from qwen3_lit.generation.segments import Segment, SegmentRequest, generate_in_segments
+from qwen3_lit.generation.segments import Segment, SegmentRequest, generate_in_segments, never_sampled
 from qwen3_lit.generation.thinking import ThinkingTokens
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ class OpenAIEngine:
         max_retries: repetitions after a connection error or a busy server, with growing pauses.
         stop_token_ids: end a completion in addition to those that a request names.
         thinking: needed for thinking budgets.
+        unused_token_ids: rows of the model's embedding that are no token, ``range(len(tokenizer), vocab_size)``; their
+            logits were never trained, and without this the server may sample them.
         seed: of the stream that request seeds are drawn from.
 
     Log-probs are as the server reports them; vLLM needs ``--logprobs-mode processed_logprobs`` to report them at the
@@ -58,6 +60,7 @@ class OpenAIEngine:
         retry_pause_seconds: float = 0.5,
         stop_token_ids: Sequence[int] = (),
         thinking: ThinkingTokens | None = None,
+        unused_token_ids: Sequence[int] = (),
         seed: int = 0,
     ) -> None:
         if not base_url.startswith(("http://", "https://")):
@@ -73,6 +76,7 @@ class OpenAIEngine:
         self.retry_pause_seconds = retry_pause_seconds
         self.stop_token_ids = tuple(stop_token_ids)
         self.thinking = thinking
+        self.logit_bias = never_sampled(unused_token_ids)
         self._random = random.Random(seed)
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,6 +128,8 @@ class OpenAIEngine:
             body["top_k"] = params.top_k
         if params.min_p:
             body["min_p"] = params.min_p
+        if self.logit_bias:
+            body["logit_bias"] = self.logit_bias
         choice = self._post(body)["choices"][0]
         token_ids, logprobs = _tokens_and_logprobs(choice, self.url)
         return Segment(token_ids, logprobs, choice.get("finish_reason") == "stop")

@@ -77,7 +77,7 @@ class Completion:
     sampled_mask: list[bool]
     """False where the token was forced (stop-thinking sentence, tool result) and must not be trained on."""
     finish_reason: str
-    """"stop" (a stop token was sampled) or "length" (max_new_tokens reached)."""
+    """"stop" (a stop token was sampled) or "length" (max_new_tokens, or a server's context, is full)."""
     routed_experts: Tensor | None = None
     """uint8 [tokens, L, K] on the CPU, tokens = len(prompt) + len(token_ids) - 1: row t holds the experts of the token
     at position t of prompt + completion, for every token that was fed to the model. The last token of the completion

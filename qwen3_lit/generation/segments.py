@@ -34,6 +34,11 @@ class Segment:
     stopped: bool
 
 
+def never_sampled(token_ids: Sequence[int]) -> dict[int, float]:
+    """A logit bias that leaves the tokens less than e^-100 of their odds: -100 is the least that servers take."""
+    return dict.fromkeys(token_ids, -100.0)
+
+
 @dataclass
 class _Sequence:
     prompt_index: int
@@ -69,6 +74,11 @@ def generate_in_segments(
             raise UserError(f"prompt {index}: record_routing: only the in-process PagedEngine records routed experts")
         if params.thinking_budget is not None and thinking is None:
             raise UserError(f"prompt {index}: thinking_budget is set, expected an engine with thinking tokens")
+        if params.presence_penalty and (params.thinking_budget is not None or on_stop is not None):
+            raise UserError(
+                f"prompt {index}: presence_penalty: seen {params.presence_penalty}, expected 0 with a thinking_budget "
+                "or tools: a server forgets what it wrote before the forced tokens; use PagedEngine"
+            )
         state, count = (OPEN, 0) if thinking is None else thinking.after_prompt(prompt)
         for sample in range(params.n):
             seed = seeds[len(sequences)]
@@ -95,12 +105,12 @@ def _run_rounds(
             SegmentRequest(s.prompt + s.token_ids, _segment_limit(s), s.params, (s.seed + rounds) % 2**31)
             for s in waiting
         ]
-        for sequence, segment in zip(waiting, complete(requests), strict=True):
-            _extend(sequence, segment.token_ids, segment.logprobs, thinking, forced=False)
-            if segment.stopped:
+        for sequence, request, segment in zip(waiting, requests, complete(requests), strict=True):
+            over_budget = _extend(sequence, segment.token_ids, segment.logprobs, thinking, forced=False)
+            if segment.stopped and not over_budget:
                 _after_stop(sequence, thinking, on_stop)
-            elif sequence.room <= 0 or not segment.token_ids:
-                sequence.finish_reason = "length"
+            elif sequence.room <= 0 or (len(segment.token_ids) < request.max_tokens and not over_budget):
+                sequence.finish_reason = "length"  # fewer tokens than asked for: the server's context is full
             _splice_over_budget(sequence, thinking)
         waiting = [s for s in waiting if s.finish_reason is None]
         rounds += 1
@@ -111,10 +121,16 @@ def _run_rounds(
 
 def _segment_limit(sequence: _Sequence) -> int:
     budget = sequence.params.thinking_budget
-    if budget is None or sequence.think_state not in (OPEN, THINKING):
+    if budget is None:
         return sequence.room
-    left = budget - sequence.think_count if sequence.think_state == THINKING else budget + 1  # the tag is not counted
-    return min(sequence.room, left)
+    if sequence.think_state == THINKING:
+        return min(sequence.room, budget - sequence.think_count)
+    starts_turn = not (sequence.sampled and sequence.sampled[-1])
+    if sequence.think_state == OPEN and starts_turn:
+        return min(sequence.room, budget + 1)  # the tag is not counted
+    # A block may still open, but a turn that began without one hardly does: steps of budget + 1 tokens would be a
+    # request a token for a budget of 0. What is thought beyond the budget is left out.
+    return sequence.room
 
 
 def _after_stop(sequence: _Sequence, thinking: ThinkingTokens | None, on_stop: OnStop | None) -> None:
@@ -146,12 +162,18 @@ def _force(sequence: _Sequence, token_ids: list[int], thinking: ThinkingTokens |
 
 def _extend(
     sequence: _Sequence, token_ids: list[int], logprobs: list[float], thinking: ThinkingTokens | None, *, forced: bool
-) -> None:
-    sequence.token_ids += token_ids
-    sequence.logprobs += logprobs
-    sequence.sampled += [not forced] * len(token_ids)
+) -> bool:
+    """Take the tokens, sampled ones up to the thinking budget. Whether some were left out."""
+    budget, taken = sequence.params.thinking_budget, len(token_ids)
     if thinking is not None:
         state, count = np.array([sequence.think_state]), np.array([sequence.think_count])
-        for token in token_ids:
+        for index, token in enumerate(token_ids):
             thinking.advance(state, count, np.array([token]))
+            if budget is not None and not forced and state[0] == THINKING and count[0] >= budget:
+                taken = index + 1
+                break
         sequence.think_state, sequence.think_count = int(state[0]), int(count[0])
+    sequence.token_ids += token_ids[:taken]
+    sequence.logprobs += logprobs[:taken]
+    sequence.sampled += [not forced] * taken
+    return taken < len(token_ids)

@@ -10,7 +10,7 @@ from typing import Any
 from qwen3_lit.errors import UserError
 from qwen3_lit.generation.protocol import OnStop, Progress
 from qwen3_lit.generation.sampling import Completion, SamplingParams, per_prompt_params
-from qwen3_lit.generation.segments import Segment, SegmentRequest, generate_in_segments
+from qwen3_lit.generation.segments import Segment, SegmentRequest, generate_in_segments, never_sampled
 from qwen3_lit.generation.thinking import ThinkingTokens
 
 
@@ -31,6 +31,8 @@ class VLLMEngine:
         model_path: Hugging Face folder to load.
         stop_token_ids: end a completion in addition to those that a request names.
         thinking: needed for thinking budgets.
+        unused_token_ids: rows of the model's embedding that are no token, ``range(len(tokenizer), vocab_size)``; their
+            logits were never trained, and without this vLLM may sample them.
         seed: of the stream that request seeds are drawn from.
         options: further arguments of ``vllm.LLM``, such as ``gpu_memory_utilization``.
 
@@ -44,12 +46,14 @@ class VLLMEngine:
         *,
         stop_token_ids: Sequence[int] = (),
         thinking: ThinkingTokens | None = None,
+        unused_token_ids: Sequence[int] = (),
         seed: int = 0,
         options: dict[str, Any] | None = None,
     ) -> None:
         self._vllm = _import_vllm()
         self.stop_token_ids = tuple(stop_token_ids)
         self.thinking = thinking
+        self.logit_bias = never_sampled(unused_token_ids)
         self.options = dict(options or {})
         self._random = random.Random(seed)
         self.reload(model_path)
@@ -97,6 +101,7 @@ class VLLMEngine:
                 stop_token_ids=[*request.params.stop_token_ids, *self.stop_token_ids],
                 ignore_eos=True,  # only the stop tokens asked for end a completion
                 seed=request.seed,
+                logit_bias=self.logit_bias or None,
                 logprobs=0,
                 detokenize=False,
             )

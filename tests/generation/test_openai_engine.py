@@ -17,7 +17,7 @@ STOP, THINK, END_THINK = 99, 50, 51
 
 
 class Server(ThreadingHTTPServer):
-    """Continues a prompt that ends in t with t + 1, t + 2, ...; stops at a stop token."""
+    """Continues a prompt that ends in t with t + 1, t + 2, ... up to its context; stops at a stop token."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -26,6 +26,7 @@ class Server(ThreadingHTTPServer):
         self.failures = 0
         self.status = 503
         self.cut = False
+        self.context = 1000
         self.style = "token_ids"
 
     @property
@@ -57,8 +58,14 @@ class Handler(BaseHTTPRequestHandler):
             return
         tokens: list[int] = []
         last = body["prompt"][-1]
-        while len(tokens) < body["max_tokens"]:
+        room = self.server.context - len(body["prompt"])
+        if room <= 0:
+            self.send_error(400, "the prompt is longer than the context")
+            return
+        while len(tokens) < min(room, body["max_tokens"]):
             last = 90 if last > 99 else last + 1
+            if str(last) in body.get("logit_bias", {}):
+                continue
             tokens.append(last)
             if last in body["stop_token_ids"]:
                 break
@@ -122,6 +129,30 @@ def test_thinking_budget_is_spliced_between_requests(server: Server) -> None:
     assert opened.token_ids == [THINK, END_THINK, 52, 53, 54, 55, 56, 57] and all(opened.sampled_mask)
 
 
+def test_a_turn_that_opens_no_block_takes_two_requests(server: Server) -> None:
+    params = SamplingParams(max_new_tokens=20, thinking_budget=0)
+    [[never], [late]] = make_engine(server).generate([[52], [46]], params)
+    assert never.token_ids == list(range(53, 73)) and all(never.sampled_mask)
+    assert [body["max_tokens"] for body in server.bodies if body["prompt"][0] == 52] == [1, 19]
+    # What was thought beyond the budget is dropped, the sentence stands where the budget ended.
+    assert late.token_ids[:8] == [47, 48, 49, THINK, 70, END_THINK, 80, 81] and len(late.token_ids) == 20
+    assert late.sampled_mask[:8] == [True] * 4 + [False] * 3 + [True] and late.logprobs[3:5] == [-0.5, 0.0]
+    assert [body["max_tokens"] for body in server.bodies if body["prompt"][0] == 46] == [1, 19, 13]
+
+
+def test_a_server_at_the_end_of_its_context_is_not_asked_again(server: Server) -> None:
+    server.context = 5
+    [[completion]] = make_engine(server).generate([[1, 2]], SamplingParams(max_new_tokens=8))
+    assert completion.token_ids == [3, 4, 5] and completion.finish_reason == "length"
+    assert len(server.bodies) == 1
+
+
+def test_tokens_that_are_none_are_not_sampled(server: Server) -> None:
+    engine = make_engine(server, unused_token_ids=range(3, 6))
+    assert engine.generate([[1]], SamplingParams(max_new_tokens=3))[0][0].token_ids == [2, 6, 7]
+    assert server.bodies[0]["logit_bias"] == {"3": -100.0, "4": -100.0, "5": -100.0}
+
+
 def test_on_stop_goes_on_with_forced_tokens(server: Server) -> None:
     seen = []
 
@@ -181,5 +212,11 @@ def test_seeds_survive_a_resume(server: Server) -> None:
 def test_unsupported_requests_are_refused(server: Server) -> None:
     with pytest.raises(UserError, match="only the in-process PagedEngine"):
         make_engine(server).generate([[1]], SamplingParams(record_routing=True))
+    penalty = SamplingParams(max_new_tokens=1, presence_penalty=1.0)
+    assert make_engine(server).generate([[1]], penalty)[0][0].token_ids == [2]
+    with pytest.raises(UserError, match="presence_penalty: seen 1.0, expected 0"):
+        make_engine(server).generate([[1]], penalty, on_stop=lambda *_: None)
+    with pytest.raises(UserError, match="presence_penalty: seen 1.0, expected 0"):
+        make_engine(server).generate([[1]], SamplingParams(presence_penalty=1.0, thinking_budget=4))
     with pytest.raises(UserError, match="base_url: seen 'localhost'"):
         OpenAIEngine("localhost", "qwen")

@@ -27,6 +27,7 @@ def test_requests_and_answers_have_vllms_shape(monkeypatch: pytest.MonkeyPatch) 
         def generate(self, prompts: list[dict], sampling: list[SimpleNamespace], use_tqdm: bool) -> list:
             answers = []
             for prompt, params in zip(prompts, sampling, strict=True):
+                made["logit_bias"] = params.logit_bias
                 tokens = [prompt["prompt_token_ids"][-1] + 1 + i for i in range(params.max_tokens)]
                 steps = [{t: SimpleNamespace(logprob=-0.5)} for t in tokens]
                 answers.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(tokens), logprobs=steps)]))
@@ -35,7 +36,7 @@ def test_requests_and_answers_have_vllms_shape(monkeypatch: pytest.MonkeyPatch) 
     module = ModuleType("vllm")
     module.LLM, module.SamplingParams = LLM, SimpleNamespace
     monkeypatch.setitem(sys.modules, "vllm", module)
-    engine = VLLMEngine("folder", options={"gpu_memory_utilization": 0.5}, stop_token_ids=[8])
+    engine = VLLMEngine("folder", options={"gpu_memory_utilization": 0.5}, stop_token_ids=[8], unused_token_ids=[9])
     assert isinstance(engine, RolloutEngine)
     results = engine.generate([[1], [5]], SamplingParams(max_new_tokens=3, n=2))
     assert [[c.token_ids for c in group] for group in results] == [[[2, 3, 4]] * 2, [[6, 7, 8]] * 2]
@@ -46,4 +47,5 @@ def test_requests_and_answers_have_vllms_shape(monkeypatch: pytest.MonkeyPatch) 
         "skip_tokenizer_init": True,
         "logprobs_mode": "processed_logprobs",
         "gpu_memory_utilization": 0.5,
+        "logit_bias": {9: -100.0},
     }
