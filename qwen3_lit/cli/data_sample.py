@@ -2,11 +2,12 @@
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen3_lit.data.tokenizer import TextTokenizer
     from qwen3_lit.generation.engine import PagedEngine
+    from qwen3_lit.generation.protocol import RolloutEngine
 
 HELP = (
     "Answer problems with a Hugging Face folder, verify the answers and write conversations. Started again after a "
@@ -22,6 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, help="JSON lines file for the kept conversations")
     parser.add_argument("--report", help="JSON file for the counts and accuracies")
+    parser.add_argument(
+        "--engine",
+        default="paged",
+        help="paged (ours, the default), vllm, or the URL of an OpenAI-compatible server that serves HF_DIR and "
+        "returns token ids, such as http://127.0.0.1:8000/v1",
+    )
+    parser.add_argument("--served-model", help="the server's name of the model (default: HF_DIR)")
     parser.add_argument("--n", type=int, default=4, help="responses a problem and mode (default 4)")
     parser.add_argument("--mode", choices=("think", "no_think", "both"), default="think", help="default think")
     parser.add_argument("--keep", choices=("correct", "all", "best"), default="correct", help="default correct")
@@ -59,6 +67,40 @@ def load_engine(folder: str, device: str, **options: int) -> tuple["PagedEngine"
     return PagedEngine.for_tokenizer(model, tokenizer, **options), tokenizer
 
 
+def load_rollout_engine(args: argparse.Namespace) -> tuple["RolloutEngine", "TextTokenizer"]:
+    """What ``--engine`` names, and the folder's tokenizer.
+
+    Raises:
+        UserError: no such engine, or vLLM is not installed.
+    """
+    from qwen3_lit.data.chat_template import STOP_THINKING
+    from qwen3_lit.data.tokenizer import check_tokenizer_fits, load_tokenizer
+    from qwen3_lit.errors import UserError
+    from qwen3_lit.generation.openai_engine import OpenAIEngine
+    from qwen3_lit.generation.thinking import ThinkingTokens
+    from qwen3_lit.generation.vllm_engine import VLLMEngine
+    from qwen3_lit.model.hf_checkpoint import read_hf_config
+
+    if args.engine == "paged":
+        sizes = {"max_batch_size": args.max_batch_size, "max_cached_tokens": args.max_cached_tokens}
+        return load_engine(args.model, args.device, **sizes)
+    tokenizer, vocab_size = load_tokenizer(args.model), read_hf_config(args.model).vocab_size
+    check_tokenizer_fits(tokenizer, vocab_size, args.model)
+    stop_thinking_ids = tuple(tokenizer.encode(STOP_THINKING))
+    options: dict[str, Any] = {
+        "stop_token_ids": (tokenizer.im_end_id, tokenizer.end_of_text_id),
+        "unused_token_ids": range(len(tokenizer), vocab_size),
+        "thinking": ThinkingTokens(
+            tokenizer.end_think_id, stop_thinking_ids, tokenizer.think_id, tokenizer.im_start_id
+        ),
+    }
+    if args.engine == "vllm":
+        return VLLMEngine(args.model, **options), tokenizer
+    if args.engine.startswith(("http://", "https://")):
+        return OpenAIEngine(args.engine, args.served_model or args.model, **options), tokenizer
+    raise UserError(f"--engine {args.engine}: expected paged, vllm, or a URL such as http://127.0.0.1:8000/v1")
+
+
 def run(args: argparse.Namespace) -> int:
     """Sample with a progress bar and print the accuracies."""
     from rich.console import Console
@@ -85,9 +127,7 @@ def run(args: argparse.Namespace) -> int:
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: expected 1 or more")
     problems = read_queries(args.problems, args.on_bad_record, args.limit)
-    engine, tokenizer = load_engine(
-        args.model, args.device, max_batch_size=args.max_batch_size, max_cached_tokens=args.max_cached_tokens
-    )
+    engine, tokenizer = load_rollout_engine(args)
     console = Console(file=sys.stderr)
     with (
         AnswerVerifier(num_workers=args.workers, deadline_seconds=args.deadline) as verifier,

@@ -24,7 +24,7 @@ from qwen3_lit.data.chat_template import requested_mode, split_thinking
 from qwen3_lit.data.schema import iter_rows, validate_record
 from qwen3_lit.data.tokenizer import TextTokenizer
 from qwen3_lit.errors import UserError
-from qwen3_lit.generation.engine import PagedEngine
+from qwen3_lit.generation.protocol import RolloutEngine
 from qwen3_lit.generation.sampling import SamplingParams
 from qwen3_lit.rl.environment import Environment
 from qwen3_lit.rl.rewards.mode_follow import follows_mode
@@ -198,7 +198,7 @@ def select(
 
 
 def sample_responses(
-    engine: PagedEngine,
+    engine: RolloutEngine,
     tokenizer: TextTokenizer,
     problems: Sequence[Record],
     out: str,
@@ -235,7 +235,7 @@ def sample_responses(
         if counts_file.exists():
             counts = Counter(json.loads(counts_file.read_text(encoding="utf-8")))
         else:
-            engine.generator.manual_seed(stream_seed("sample", config.seed, number))
+            engine.reseed(stream_seed("sample", config.seed, number))
             records, counts = _answer_chunk(engine, tokenizer, chunk, config, verifier, environments)
             write_jsonl(folder / f"{number:06d}.jsonl", records)
             write_json(counts_file, counts)  # last: a chunk counts as finished once this file is there
@@ -265,7 +265,7 @@ def sample_responses(
 
 
 def _answer_chunk(
-    engine: PagedEngine,
+    engine: RolloutEngine,
     tokenizer: TextTokenizer,
     chunk: Sequence[Record],
     config: SampleConfig,

@@ -98,6 +98,10 @@ class PagedEngine:
         }
         return cls(model, **{**defaults, **options})
 
+    def reseed(self, seed: int) -> None:
+        """See ``RolloutEngine``."""
+        self.generator.manual_seed(seed)
+
     def state_dict(self) -> dict[str, Any]:
         """The random stream: a restored engine draws the same samples."""
         return {"generator": self.generator.get_state()}

@@ -79,6 +79,10 @@ class OpenAIEngine:
         self.logit_bias = never_sampled(unused_token_ids)
         self._random = random.Random(seed)
 
+    def reseed(self, seed: int) -> None:
+        """See ``RolloutEngine``."""
+        self._random.seed(seed)
+
     def state_dict(self) -> dict[str, Any]:
         """The stream of request seeds."""
         return {"random": self._random.getstate()}

@@ -33,6 +33,10 @@ class RolloutEngine(Protocol):
         """Completions as ``[prompt][sample]``, in the order of the prompts."""
         ...
 
+    def reseed(self, seed: int) -> None:
+        """Start the random stream anew; seeds are below 2**63."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """What has to be saved for the next call to draw the same samples after a resume."""
         ...

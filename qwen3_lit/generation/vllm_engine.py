@@ -66,6 +66,10 @@ class VLLMEngine:
             model=model_path, skip_tokenizer_init=True, logprobs_mode="processed_logprobs", **self.options
         )
 
+    def reseed(self, seed: int) -> None:
+        """See ``RolloutEngine``."""
+        self._random.seed(seed)
+
     def state_dict(self) -> dict[str, Any]:
         """The stream of request seeds."""
         return {"random": self._random.getstate()}

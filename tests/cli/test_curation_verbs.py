@@ -1,16 +1,22 @@
 import json
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from qwen3_lit.cli.main import main
+from qwen3_lit.data.chat_template import prompt_ids
 from qwen3_lit.data.schema import read_records
-from qwen3_lit.data.tokenizer import train_tokenizer
+from qwen3_lit.data.tokenizer import load_tokenizer, train_tokenizer
+from qwen3_lit.generation.engine import PagedEngine
+from qwen3_lit.generation.sampling import SamplingParams
 from qwen3_lit.model.config import ModelConfig
-from qwen3_lit.model.hf_checkpoint import save_hf
+from qwen3_lit.model.hf_checkpoint import load_hf, save_hf
 from qwen3_lit.model.init import init_weights
 from qwen3_lit.model.transformer import Qwen3
 
@@ -54,13 +60,15 @@ def test_bad_requests_are_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sample_from_a_folder(tmp_path: Path) -> None:
-    problems, out, folder = tmp_path / "p.jsonl", tmp_path / "out.jsonl", tmp_path / "hf"
+@pytest.fixture
+def asked(tmp_path: Path) -> tuple[Path, Path]:
+    """A folder with a small model and its tokenizer, and problems."""
+    problems, folder = tmp_path / "p.jsonl", tmp_path / "hf"
     assert main(["data", "synthesize", "problems", "--out", str(problems), "--count", "6", *SMALL]) == 0
     texts = [record["messages"][0]["content"] for record in read_records(problems, "problem")] * 3
     tokenizer = train_tokenizer(texts, 320, tmp_path / "tokenizer")
     config = ModelConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(tokenizer) + 3,
         hidden_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -73,6 +81,75 @@ def test_sample_from_a_folder(tmp_path: Path) -> None:
     model = Qwen3(config)
     init_weights(model, torch.Generator().manual_seed(0))
     save_hf(model, config, folder, tokenizer_dir=tmp_path / "tokenizer")
+    return folder, problems
+
+
+class Completions(BaseHTTPRequestHandler):
+    """A completions server with the folder's model, greedy."""
+
+    engine: PagedEngine
+    bodies: list[dict[str, Any]]
+
+    def log_message(self, *_: object) -> None: ...
+
+    def do_POST(self) -> None:  # noqa: N802
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.bodies.append(body)
+        wanted = SamplingParams(max_new_tokens=body["max_tokens"], temperature=0.0)
+        (completion,) = self.engine.generate([body["prompt"]], wanted)[0]
+        choice = {"token_ids": completion.token_ids, "logprobs": {"token_logprobs": completion.logprobs}}
+        answer = json.dumps({"choices": [{**choice, "finish_reason": completion.finish_reason}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+
+def always_answer(folder: Path, text: str) -> None:
+    """Make the folder's model say ``text``: what follows a token depends on that token alone."""
+    model, tokenizer = load_hf(folder), load_tokenizer(folder)
+    asked = prompt_ids(tokenizer, [{"role": "user", "content": "?"}])
+    chain = [asked[-1], *tokenizer.encode(text), tokenizer.im_end_id]
+    assert len(set(chain)) == len(chain), f"{chain}: a token that comes twice has no single successor"
+    with torch.no_grad():
+        model.layers[0].self_attn.o_proj.weight.zero_()
+        model.layers[0].mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        for token, successor in zip(chain[:-1], chain[1:], strict=True):
+            model.lm_head.weight[successor] = model.embed_tokens.weight[token]
+    save_hf(model, model.config, folder, tokenizer_dir=folder)
+
+
+def test_a_server_of_the_same_folder_gives_the_same_answers(asked: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, problems = asked
+    always_answer(folder, "<think>so</think>7")
+    engine = PagedEngine.for_tokenizer(load_hf(folder), load_tokenizer(folder), max_cached_tokens=8192)
+    handler = type("Handler", (Completions,), {"engine": engine, "bodies": []})
+    command = ["data", "sample", str(folder), str(problems), "--keep", "all", "--n", "1", "--temperature", "0"]
+    command += ["--max-new-tokens", "30"]
+    assert main([*command, "--out", str(tmp_path / "paged.jsonl"), "--device", "cpu"]) == 0
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        chosen = ["--out", str(tmp_path / "served.jsonl"), "--engine", url, "--served-model", "small"]
+        assert main([*command, *chosen]) == 0
+        server.shutdown()
+    assert (tmp_path / "served.jsonl").read_text() == (tmp_path / "paged.jsonl").read_text()
+    vocab = len(load_tokenizer(folder))
+    assert all(body["model"] == "small" for body in handler.bodies)
+    assert all(set(body["logit_bias"]) == {str(vocab + row) for row in range(3)} for body in handler.bodies)
+
+
+def test_an_engine_that_is_none_is_one_line(
+    asked: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["data", "sample", *map(str, asked), "--out", str(tmp_path / "out.jsonl"), "--engine", "sglang"]
+    assert main(command) == 2
+    assert "--engine sglang: expected paged, vllm, or a URL" in capsys.readouterr().err
+
+
+def test_sample_from_a_folder(asked: tuple[Path, Path], tmp_path: Path) -> None:
+    (folder, problems), out = asked, tmp_path / "out.jsonl"
     report = tmp_path / "report.json"
     sizes = ["--n", "2", "--limit", "4", "--chunk", "3", "--max-cached-tokens", "8192"]
     command = ["data", "sample", str(folder), str(problems), "--out", str(out), "--keep", "all", "--mode", "both"]

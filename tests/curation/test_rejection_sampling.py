@@ -185,7 +185,7 @@ def test_right_answers_are_kept_as_conversations(tokenizer: TextTokenizer, tmp_p
     class Teacher:
         """Answers every prompt with the reference, the second sample wrongly."""
 
-        generator = torch.Generator()
+        def reseed(self, seed: int) -> None: ...
 
         def generate(self, prompts, params: SamplingParams, **_):  # type: ignore[no-untyped-def]
             from qwen3_lit.generation.sampling import Completion
