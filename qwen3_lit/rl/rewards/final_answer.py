@@ -4,32 +4,31 @@ import re
 from fractions import Fraction
 
 # A comma belongs to a number where it groups thousands: 3,5 is a pair, not 35.
-_DIGITS = r"(?:\d{1,3}(?:,\d{3}){1,21}|\d{1,64})(?:\.\d{1,64})?(?:/\d{1,64})?"
-_NUMBER = re.compile(rf"(?<![\w.])(?<!\d,)-?{_DIGITS}(?![\w/])(?!,\d)")
-_PLAIN_NUMBER = re.compile(rf"[-+]?{_DIGITS}")
+DIGITS = r"(?:\d{1,3}(?:,\d{3}){1,21}|\d{1,64})(?:\.\d{1,64})?(?:/\d{1,64})?"
+_NUMBER = re.compile(rf"(?<![\w.])(?<!\d,)-?{DIGITS}(?![\w/])(?!,\d)")
+_PLAIN_NUMBER = re.compile(rf"[-+]?{DIGITS}")
 _EMPHASIS = re.compile(r"(?<!\w)\*\*|\*\*(?!\w)")
 _REMARK = re.compile(r"(?<=\S)\s+\([^()]*\)(?=[\s.!]*$)")
 # What makes a number beside it a part of an expression: LaTeX's braces and commands, and operators.
 _EXPRESSION_BEFORE = re.compile(r"(?:[-+*/^_{×÷·]|\\[a-zA-Z]+)\s*$")
 _EXPRESSION_AFTER = re.compile(r"\s*(?:[-+*/^_}×÷·!]\s*\S|\\[a-zA-Z])")
+_BRACE = re.compile(r"\\boxed\{|[{}]")
 _ANSWER_TAG = re.compile(r"<answer>([^<]*)</answer>")
 _ANNOUNCED = re.compile(r"(?:final answer|answer)\s*(?:is|:|=)\s*:?[ \t]*([^\n]+)", re.IGNORECASE)
 
 
 def last_boxed(text: str) -> str | None:
     """Content of the last complete ``\\boxed{...}``, braces matched; None when there is none."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        depth = 0
-        for index in range(start + len("\\boxed"), len(text)):
-            if text[index] == "{":
-                depth += 1
-            elif text[index] == "}":
-                depth -= 1
-                if depth == 0:
-                    return text[start + len("\\boxed{") : index].strip()
-        start = text.rfind("\\boxed{", 0, start)
-    return None
+    opened: list[tuple[int, bool]] = []
+    last: tuple[int, int] | None = None
+    for match in _BRACE.finditer(text):
+        if match.group() != "}":
+            opened.append((match.end(), match.group() != "{"))
+        elif opened:
+            start, is_box = opened.pop()
+            if is_box and (last is None or start > last[0]):
+                last = start, match.start()
+    return None if last is None else text[last[0] : last[1]].strip()
 
 
 def last_number(text: str) -> str | None:
@@ -65,8 +64,8 @@ def final_answer(text: str) -> str:
     return text.strip()
 
 
-def stated_number(answer: str) -> Fraction | None:
-    """The value of an answer in words: its last number, without a closing remark in brackets.
+def stated_number(answer: str) -> str | None:
+    """The number that an answer in words states: its last one, without a closing remark in brackets.
 
     ``7 apples``, ``3 + 4 = 7`` and ``7 (3 of one, 4 of the other)`` are 7. None when there is no number, or when the
     last one is part of an expression: ``\\frac{1}{2}`` is not 2.
@@ -79,22 +78,24 @@ def stated_number(answer: str) -> Fraction | None:
     before, after = answer[: match.start()], answer[match.end() :]
     if _EXPRESSION_BEFORE.search(before[-32:]) or _EXPRESSION_AFTER.match(after):
         return None
-    return as_number(match.group())
+    return match.group()
 
 
 def same_number(text: str, reference: str) -> bool | None:
     """Whether the final answer of `text` equals a numeric `reference`.
 
     None when the reference is not a number, or nothing is boxed and the answer is an expression, whose value is for a
-    computer algebra system to tell.
+    computer algebra system to tell. Against a whole number a fraction is wrong: 391/17 is a division left undone.
     """
     wanted = as_number(reference)
     if wanted is None:
         return None
     answer = final_answer(text)
-    candidate = as_number(answer)
-    if candidate is None and last_boxed(text) is None:
-        candidate = stated_number(answer)
-        if candidate is None and any(character.isdigit() for character in answer):
-            return None
-    return candidate == wanted
+    if as_number(answer) is None and last_boxed(text) is None:
+        stated = stated_number(answer)
+        if stated is None:
+            return None if any(character.isdigit() for character in answer) else False
+        answer = stated
+    if "/" in answer and "/" not in reference and wanted.denominator == 1:
+        return False
+    return as_number(answer) == wanted

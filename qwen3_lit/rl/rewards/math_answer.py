@@ -1,4 +1,4 @@
-"""Rule reward: is the final answer mathematically equal to the reference?
+"""Rule reward: is the final answer mathematically equal to the reference, and worked out as far as the reference is?
 
 Numbers are compared exactly without leaving this file. Everything else goes to math-verify, whose own timeouts are
 switched off: they rely on SIGALRM, which works in main threads only, while a worker process that overruns is killed
@@ -9,12 +9,18 @@ import logging
 import re
 
 from qwen3_lit.errors import UserError
+from qwen3_lit.rl.rewards.evaluated import is_evaluated, is_numeric
 from qwen3_lit.rl.rewards.final_answer import final_answer, last_boxed, same_number
 from qwen3_lit.rl.rewards.reward import Reward, RewardInput
+
+_FORMULA = re.compile(r"(?:\$|\\\()([^$]+?)(?:\$|\\\))")
 
 
 class MathAnswerReward(Reward):
     """1 when the boxed answer (else the announced one, else the last expression) equals the reference, else 0.
+
+    Not applicable to problems without a reference. An expression that asks for a value instead of being one is wrong
+    (:mod:`qwen3_lit.rl.rewards.evaluated`).
 
     Args:
         weight: Weight in the composition.
@@ -44,24 +50,30 @@ class MathAnswerReward(Reward):
         self.max_chars = max_chars
         self.max_expression_chars = max_expression_chars
 
-    def score(self, item: RewardInput) -> float:
-        return float(self._equal(item.answer[-self.max_chars :], item.reference))
+    def applies(self, item: RewardInput) -> bool:
+        return super().applies(item) and bool(item.reference.strip())
 
-    def _equal(self, text: str, reference: str) -> bool:
+    def score(self, item: RewardInput) -> float:
+        question = " ".join(str(turn.get("content", "")) for turn in item.messages if turn.get("role") == "user")
+        return float(self._equal(item.answer[-self.max_chars :], item.reference, question))
+
+    def _equal(self, text: str, reference: str, question: str) -> bool:
         boxed = last_boxed(text)
         if boxed is None and self.require_boxed:
             return False
         if boxed is not None and len(boxed) > self.max_expression_chars:
             return False
-        by_value = same_number(text, reference)
-        if by_value:
-            return True
-        if by_value is False and boxed is None:
-            # The reference is a plain number and the answer states another one.
-            return False
         answer = final_answer(text)
         if _with_tight_commas(answer) == _with_tight_commas(reference):
             return True
+        by_value = same_number(text, reference)
+        if by_value or (by_value is False and boxed is None):
+            return bool(by_value)
+        if boxed is None and is_numeric(reference):
+            formulas = _FORMULA.findall(answer)
+            boxed = formulas[-1] if formulas else answer
+        if not is_evaluated(answer if boxed is None else boxed, reference, question):
+            return False
         return _math_verify_equal(answer if boxed is None else f"\\boxed{{{boxed}}}", reference)
 
 

@@ -2,11 +2,13 @@
 
 import json
 import pickle
+import time
 
 import pytest
 import reasoning_gym
 
 from qwen3_lit.errors import UserError
+from qwen3_lit.rl.rewards.final_answer import last_boxed
 from qwen3_lit.rl.rewards.format import FormatReward
 from qwen3_lit.rl.rewards.grounded import GroundedReward
 from qwen3_lit.rl.rewards.instruction import InstructionReward
@@ -86,6 +88,82 @@ def given(
 )
 def test_math_answer(text: str, reference: str, right: bool) -> None:
     assert MathAnswerReward()(given(text, answer=reference)) == float(right)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"),
+    [
+        ("17*23", "391"),
+        ("17 \\cdot 23", "391"),
+        ("391 = 17 \\times 23", "391"),
+        ("391/17", "23"),
+        ("\\frac{391}{17}", "23"),
+        ("17\\frac{23}{1}", "40"),
+        ("2+3", "5"),
+        ("1+2, 5", "3,5"),
+        ("\\frac{1}{4}+\\frac{1}{4}", "\\frac{1}{2}"),
+        ("\\sqrt{144}", "12"),
+        ("5!", "120"),
+        ("\\gcd(12, 18)", "6"),
+        ("\\binom{10}{3}", "120"),
+        ("\\sum_{k=1}^{10}k", "55"),
+        ("\\int_0^1 x dx", "1/2"),
+        ("\\int_0^1 x dx", "$\\frac{1}{2}$"),
+        ("\\int_0^\\pi \\frac{1}{4} dx", "\\frac{\\pi}{4}"),
+    ],
+)
+def test_math_answer_pays_nothing_for_the_question_once_more(answer: str, reference: str) -> None:
+    for text in (f"\\boxed{{{answer}}}", f"So it is ${answer}$.", f"The answer is {answer}"):
+        assert MathAnswerReward()(given(text, answer=reference)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"),
+    [
+        ("17*23 = 391", "391"),
+        ("x = 391", "391"),
+        ("x \\approx -3.5", "-7/2"),
+        ("3\\times 10^8", "300000000"),
+        ("2^{10}", "1024"),
+        ("(-2)^3", "-8"),
+        ("\\dfrac{3}{8}", "0.375"),
+        ("-\\frac12", "-1/2"),
+        ("3\\frac{1}{2}", "3.5"),
+        ("50\\%", "50"),
+        ("50\\%", "0.5"),
+        ("42\\text{ cm}", "42"),
+        ("42\\ \\mathrm{m/s^2}", "42"),
+        ("42^\\circ", "42"),
+        ("\\$42", "42"),
+        ("\\(42\\)", "42"),
+        ("\\text{42}", "42"),
+        ("1{,}000", "1000"),
+        ("x = 3, y = 5", "3,5"),
+        ("\\left(\\frac{1}{2}, 3\\right)", "(0.5, 3)"),
+        ("\\sqrt{12}", "2\\sqrt{3}"),
+        ("\\lim_{n} a_n", "\\lim_{n} a_n"),
+    ],
+)
+def test_math_answer_accepts_a_value_in_each_of_its_spellings(answer: str, reference: str) -> None:
+    assert MathAnswerReward()(given(f"\\boxed{{{answer}}}", answer=reference)) == 1.0
+
+
+def test_a_power_is_no_answer_where_the_question_asks_for_its_value() -> None:
+    reward = MathAnswerReward()
+    assert reward(given("\\boxed{2^{10}}", prompt="How many subsets have 10 elements?", answer="1024")) == 1.0
+    assert reward(given("\\boxed{2^{10}}", prompt="What is 2 to the power of 10?", answer="1024")) == 0.0
+
+
+def test_math_answer_does_not_apply_without_a_reference() -> None:
+    for answer in ("", " ", None):
+        assert MathAnswerReward()(given("\\boxed{}", answer=answer)) is None
+
+
+def test_finding_the_last_box_takes_linear_time() -> None:
+    assert last_boxed("\\boxed{1} \\boxed{2 {3} \\boxed{4{5}} }} \\boxed{6") == "4{5}"
+    started = time.process_time()
+    assert last_boxed("\\boxed{" * 40_000) is None
+    assert time.process_time() - started < 2
 
 
 def test_math_answer_reads_only_the_end_and_may_insist_on_a_box() -> None:
