@@ -1,4 +1,8 @@
-"""Rule reward against invention: the answer must be in the given context, or say that it is not stated there."""
+"""Rule reward against invention: the answer must be in the given context, or say that it is not stated there.
+
+What an answer says beyond the question and the reference costs in proportion, as in the precision of SQuAD's token F1,
+also when the context has it: an answer that copies the whole context holds every reference and answers no question.
+"""
 
 import re
 
@@ -23,10 +27,26 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def contains_words(text: str, phrase: str) -> bool:
-    """Whether the words of `phrase` stand in `text` one after the other, case and punctuation aside."""
-    wanted = words(phrase)
-    return bool(wanted) and f" {' '.join(wanted)} " in f" {' '.join(words(text))} "
+_NEGATIONS = frozenset(("not", "never", "cannot", "neither", "nor"))
+
+
+def states(text: str, phrase: str) -> bool:
+    """Whether the words of `phrase` stand in `text` one after the other and not right behind a negation.
+
+    Case and punctuation aside.
+    """
+    said, wanted = words(text), words(phrase)
+    for start in range(len(said) - len(wanted) + 1):
+        before = said[start - 1] if start else ""
+        if said[start : start + len(wanted)] == wanted and before not in _NEGATIONS and not before.endswith("n't"):
+            return bool(wanted)
+    return False
+
+
+def without_words(text: str, passage: str) -> str:
+    """The words of `text` without those of `passage` where they stand one after the other, spacing aside."""
+    cut = " ".join(words(passage))
+    return f" {' '.join(words(text))} ".replace(f" {cut} ", " ") if cut else text
 
 
 def unsupported_fraction(answer: str, *sources: str) -> float:
@@ -37,7 +57,7 @@ def unsupported_fraction(answer: str, *sources: str) -> float:
 
 
 class GroundedReward(Reward):
-    """1 for a right and fully supported answer, or for an honest "not stated"; less for words the context lacks.
+    """1 for a right answer, or an honest "not stated", that says no more; less for words nobody asked for, 0 if wrong.
 
     Reads `metadata.context` and optionally `metadata.answerable` (default: the reference is not `not_stated`).
     Not applicable to problems without a context.
@@ -47,7 +67,7 @@ class GroundedReward(Reward):
         tasks: Tasks the reward applies to; null means every task.
         name: Name in metrics.
         not_stated: What an answer has to contain when the context does not hold the fact.
-        unsupported_penalty: Share of the score lost when no content word of the answer is supported.
+        unsupported_penalty: Share of the score lost when no content word of the answer is in reference or question.
     """
 
     default_name = "grounded"
@@ -71,11 +91,13 @@ class GroundedReward(Reward):
         return super().applies(item) and bool(item.metadata.get("context"))
 
     def score(self, item: RewardInput) -> float:
-        says_not_stated = contains_words(item.answer, self.not_stated)
-        answerable = item.metadata.get("answerable", not contains_words(item.reference, self.not_stated))
-        right = not says_not_stated and contains_words(item.answer, item.reference) if answerable else says_not_stated
+        says_not_stated = states(item.answer, self.not_stated)
+        answerable = item.metadata.get("answerable", not states(item.reference, self.not_stated))
+        right = not says_not_stated and states(item.answer, item.reference) if answerable else says_not_stated
         if not right:
             return 0.0
-        question = " ".join(str(message.get("content", "")) for message in item.messages)
-        sources = (str(item.metadata["context"]), question, self.not_stated)
-        return 1.0 - self.unsupported_penalty * unsupported_fraction(item.answer, *sources)
+        asked = " ".join(str(message.get("content", "")) for message in item.messages)
+        question = without_words(asked, str(item.metadata["context"]))
+        return 1.0 - self.unsupported_penalty * unsupported_fraction(
+            item.answer, item.reference, question, self.not_stated
+        )

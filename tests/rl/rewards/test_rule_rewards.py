@@ -3,10 +3,13 @@
 import json
 import pickle
 import time
+from typing import Any
 
 import pytest
 import reasoning_gym
 
+from qwen3_lit.curation.general_tasks import general_problem_records
+from qwen3_lit.curation.synthesis import SynthesisRequest
 from qwen3_lit.errors import UserError
 from qwen3_lit.rl.rewards.final_answer import last_boxed
 from qwen3_lit.rl.rewards.format import FormatReward
@@ -352,11 +355,33 @@ CONTEXT = "The tower of Aldmoor was built in 1412 by Ines Vark. It has 96 steps.
         ("Not stated.", "not stated", 1.0),
         ("It was Ines Vark.", "not stated", 0.0),
         ("1412, during the famous dragon wars", "1412", 1 / 5),
+        ("The tower was built in 1412.", "1412", 2 / 3),
+        (CONTEXT, "1412", 2 / 8),
+        (CONTEXT + " Or not stated.", "not stated", 1 / 8),
+        ("It was not 1412.", "1412", 0.0),
+        ("It wasn't 1412.", "1412", 0.0),
+        ("It was not 1410 but 1412.", "1412", 1 / 2),
+        ("It is not not stated.", "not stated", 0.0),
+        ("It is not in the text, so not stated.", "not stated", 1.0),
     ],
 )
-def test_grounded(answer: str, reference: str, score: float) -> None:
-    item = given(answer, prompt="When was it built?", answer=reference, metadata={"context": CONTEXT})
+@pytest.mark.parametrize("given_context", ["{} When was it built?", "Text:\n\n  {}\n\nWhen was it built?"])
+def test_grounded(answer: str, reference: str, score: float, given_context: str) -> None:
+    prompt = given_context.format(CONTEXT.replace(" ", "\n"))
+    item = given(answer, prompt=prompt, answer=reference, metadata={"context": CONTEXT})
     assert GroundedReward()(item) == pytest.approx(score)
+
+
+def test_a_copied_context_is_no_answer_to_a_synthetic_question() -> None:
+    problems = list(general_problem_records(SynthesisRequest(count=200, tasks=("grounded_qa",))))
+    reward = GroundedReward()
+
+    def score(problem: dict[str, Any], answer: str) -> float:
+        return reward(given(answer, prompt=problem["messages"][0]["content"], **problem)) or 0.0
+
+    context = [score(problem, problem["metadata"]["context"]) for problem in problems]
+    assert all(score(problem, problem["answer"]) == 1.0 for problem in problems)
+    assert max(context) < 0.5 and sum(context) / len(context) < 0.3
 
 
 def test_overlong_penalty_follows_dapo() -> None:
