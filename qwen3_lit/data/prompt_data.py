@@ -73,6 +73,8 @@ class PromptData(TextDataModule):
         """Training problems in file order."""
         self.held_out_problems: list[dict[str, Any]] = []
         """Held-out problems in file order."""
+        self.known_tasks: set[str] = set()
+        """Tasks of all records read, those that ``tasks`` leaves out included."""
         self.dropped: dict[str, int] = {}
         """Training problems left out, by reason."""
         self._order = lru_cache(maxsize=2)(self._make_order)
@@ -102,6 +104,7 @@ class PromptData(TextDataModule):
         held_out = [r for r in records if r.get("split") == "held_out"]
         if self.held_out_path is not None:
             held_out += list(read_records(self.held_out_path, "problem", self.on_bad_record))
+        self.known_tasks = {r["task"] for r in [*records, *held_out]}
         self.dropped = {"other_task": 0, "held_out_duplicate": 0, "too_long": 0}
         self.held_out_problems = [r for r in held_out if self.tasks is None or r["task"] in self.tasks]
         held_out_keys = {prompt_key(r) for r in held_out}

@@ -84,12 +84,12 @@ class GRPOModule(PolicyModule):
         self.__dict__["reference"] = None  # outside of parameters(), optimizer and checkpoint
 
     def setup(self, stage: str) -> None:
-        """Refuse tasks that no reward scores, and lengths that fit into no micro-batch, before anything is sampled."""
+        """Refuse problems that no reward judges, and lengths that fit into no micro-batch, before sampling."""
         super().setup(stage)
         self.check_rollouts_fit(self.sampling.max_new_tokens, self.micro_batch_tokens)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         data.ensure_loaded()
-        check_rewards(self.rewards, [problem["task"] for problem in data.problems])
+        check_rewards(self.rewards, data.problems, data.known_tasks)
 
     # ---- the four steps
 

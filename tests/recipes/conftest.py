@@ -165,7 +165,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     run(*synthesize, "reasoning_candidates", "--out", made / "candidates.jsonl", "--count", "60", *tasks)
     run("data", "curate", made / "candidates.jsonl", "--out", made / "thinking.jsonl")
     run(*synthesize, "dialogs", "--out", made / "dialogs.jsonl", "--count", "60")
-    run(*synthesize, "general_problems", "--out", made / "general.jsonl", "--count", "60")
+    run(*synthesize, "general_problems", "--out", made / "general.jsonl", "--count", "120")
     run(*synthesize, "preferences", "--out", made / "preferences.jsonl", "--count", "60")
     config = ModelConfig(**yaml.safe_load((FOLDER / "size/nano.yaml").read_text())["model"]["init_args"]["config"])
     for seed, name in enumerate(("hf", "teacher")):

@@ -21,6 +21,7 @@ class FormatReward(Reward):
         name: Name in metrics.
     """
 
+    judges_content = False
     default_name = "format"
 
     def __init__(self, weight: float = 1.0, tasks: list[str] | None = None, name: str | None = None) -> None:

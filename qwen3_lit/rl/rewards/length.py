@@ -23,6 +23,7 @@ class LengthReward(Reward):
         name: Name in metrics.
     """
 
+    judges_content = False
     default_name = "length"
 
     def __init__(

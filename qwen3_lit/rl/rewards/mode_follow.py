@@ -37,6 +37,7 @@ class ModeFollowReward(Reward):
         name: Name in metrics.
     """
 
+    judges_content = False
     default_name = "mode_follow"
 
     def __init__(self, weight: float = 1.0, tasks: list[str] | None = None, name: str | None = None) -> None:

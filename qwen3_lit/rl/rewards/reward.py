@@ -15,7 +15,7 @@ Rewards that do not apply take no part in either, neither in the numerator nor i
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -117,6 +117,9 @@ class Reward:
     measures_accuracy: ClassVar[bool] = False
     """True when a full score means that the answer is right; evaluation derives accuracy and pass@k from these."""
 
+    judges_content: ClassVar[bool] = True
+    """False for rewards that any answer can have in full, right or wrong: of form, mode, length."""
+
     default_name: ClassVar[str] = "reward"
     """Name in metrics unless the recipe gives another."""
 
@@ -128,7 +131,10 @@ class Reward:
         self.name = name or self.default_name
 
     def applies(self, item: RewardInput) -> bool:
-        """Whether this reward has anything to say about `item`. Cheap: called in the trainer process."""
+        """Whether this reward has anything to say about `item`. Cheap: called in the trainer process.
+
+        Decided by the problem, not by the completion: before a run it is asked of every problem with an empty one.
+        """
         return self.tasks is None or item.task in self.tasks
 
     def prepare(self) -> None:
@@ -146,11 +152,18 @@ class Reward:
         return self.score(item) if self.applies(item) else None
 
 
-def check_rewards(rewards: Sequence[Reward], tasks: Sequence[str] | None = None) -> None:
-    """Refuse a reward list that cannot work: empty, doubled names, or a task that no weighted reward scores.
+def check_rewards(
+    rewards: Sequence[Reward], problems: Sequence[dict[str, Any]] = (), known_tasks: Collection[str] = ()
+) -> None:
+    """Refuse a reward list that cannot work, before anything is sampled.
+
+    Args:
+        rewards: the list: not empty, each with a name of its own.
+        problems: training problems; each needs a weighted reward that judges content, or wrong answers are full ones.
+        known_tasks: tasks that a reward's `tasks` may name beside those of the problems.
 
     Raises:
-        UserError: Naming the reward or the task.
+        UserError: Naming the reward, the task, and the problem.
     """
     if not rewards:
         raise UserError("rewards: the list is empty, expected at least one reward")
@@ -159,9 +172,25 @@ def check_rewards(rewards: Sequence[Reward], tasks: Sequence[str] | None = None)
         if reward.name in seen:
             raise UserError(f"rewards: two rewards are named {reward.name!r}; give one of them another `name`")
         seen.add(reward.name)
-    for task in sorted(set(tasks or ())):
-        if not any(reward.weight > 0 and (reward.tasks is None or task in reward.tasks) for reward in rewards):
-            raise UserError(f"rewards: task {task!r} is scored by none of {sorted(seen)}; add it to a reward's `tasks`")
+    if not problems:
+        return
+    tasks = sorted({str(problem.get("task", "")) for problem in problems} | set(known_tasks))
+    for reward in rewards:
+        unknown = [task for task in reward.tasks or () if task not in tasks]
+        if unknown:
+            raise UserError(
+                f"rewards: {reward.name}: tasks: no problem has the task {', '.join(map(repr, unknown))}; "
+                f"the problems' tasks are {', '.join(tasks)}"
+            )
+    judges = [reward for reward in rewards if reward.weight > 0 and reward.judges_content]
+    for number, problem in enumerate(problems, start=1):
+        item = RewardInput(problem.get("messages", []), completion="", thinking=None, answer="", problem=problem)
+        if not any(reward.applies(item) for reward in judges):
+            raise UserError(
+                f"rewards: training problem {number}, of task {item.task!r}: no weighted reward judges the content of "
+                f"its answers, so wrong ones are paid like right ones (rewards: {', '.join(sorted(seen))}); add the "
+                "task to the `tasks` of a reward, and to the problem what that reward reads (`answer`, `metadata`)"
+            )
 
 
 def combine_scores(

@@ -402,10 +402,28 @@ def test_composition_leaves_out_what_does_not_apply() -> None:
     assert combine_scores({"a": None, "b": None, "c": 1.0}, rewards) is None
 
 
-def test_a_task_without_a_reward_is_found_before_the_run() -> None:
-    check_rewards([_Fixed(tasks=["x"], name="a")], ["x"])
-    with pytest.raises(UserError, match="task 'y'"):
-        check_rewards([_Fixed(tasks=["x"], name="a"), _Fixed(0.0, name="free")], ["x", "y"])
+def _problem(task: str, **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "?"}], "task": task, **fields}
+
+
+def test_a_task_whose_content_no_reward_judges_is_found_before_the_run() -> None:
+    check_rewards([_Fixed(tasks=["x"], name="a")], [_problem("x")])
+    with pytest.raises(UserError, match="problem 2, of task 'y'"):
+        check_rewards([_Fixed(tasks=["x"], name="a"), _Fixed(0.0, name="free")], [_problem("x"), _problem("y")])
+    form = [FormatReward(), ModeFollowReward(), LengthReward(8, 4)]
+    with pytest.raises(UserError, match="problem 1, of task 'x'.*no weighted reward judges the content"):
+        check_rewards(form, [_problem("x", answer="4", mode="think")])
+    math = [*form, MathAnswerReward()]
+    check_rewards(math, [_problem("x", answer="4")])
+    with pytest.raises(UserError, match="problem 1, of task 'x'.*`answer`"):
+        check_rewards(math, [_problem("x")])
+
+
+def test_a_task_that_no_problem_has_is_refused() -> None:
+    rewards = [_Fixed(tasks=["x", "z"], name="a")]
+    with pytest.raises(UserError, match="a: tasks: no problem has the task 'z'; the problems' tasks are x, y"):
+        check_rewards([*rewards, _Fixed(name="b")], [_problem("x"), _problem("y")])
+    check_rewards(rewards, [_problem("x")], {"z"})
 
 
 def test_long_inputs_keep_the_end_of_the_answer_and_both_ends_of_the_completion() -> None:
