@@ -100,6 +100,8 @@ class Small:
                 "limit": 2,
                 "sampling": {"max_new_tokens": 8},
             }
+            if "sampling_no_think" in model["evaluation"]:
+                values["model.init_args.evaluation"]["sampling_no_think"] = {"max_new_tokens": 8}
         folders = {"JudgeReward": self.judge, "RewardModelReward": self.reward_model}
         rewards = model.get("rewards", [])
         for reward in rewards:
