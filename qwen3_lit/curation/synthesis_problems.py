@@ -6,6 +6,7 @@ Query texts are unique in a file and belong to one split for good (see ``synthes
 """
 
 import dataclasses
+import json
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,8 @@ from qwen3_lit.curation.synthesis import Record, SynthesisRequest, unknown_name
 from qwen3_lit.curation.synthesis_split import split_of, stream, stream_seed, text_key
 from qwen3_lit.data.schema import iter_rows
 from qwen3_lit.errors import UserError
+from qwen3_lit.rl.rewards.reasoning_gym_answer import ReasoningGymAnswerReward
+from qwen3_lit.rl.rewards.reward import RewardInput
 
 DEFAULT_TASKS = ("chain_sum", "products", "number_sorting", "count_bits", "letter_counting", "spell_backward")
 PROBLEM_OPTIONS = ("style", "unique")
@@ -131,7 +134,8 @@ def problem_records(request: SynthesisRequest) -> Iterator[Record]:
     ``products.digits`` (for example ``2x1``) and every field of the reasoning-gym configurations of the tasks.
 
     Raises:
-        UserError: unknown task or option, or a task has too few distinct problems for the count.
+        UserError: unknown task or option, a task has too few distinct problems for the count, or its scorer does not
+            tell right from wrong.
     """
     tasks = request.tasks or DEFAULT_TASKS
     draw = {task: entry_stream(request, task) for task in tasks}
@@ -152,6 +156,7 @@ def _problem_stream(
     taken: set[int],
 ) -> Iterator[Record]:
     choose = stream("task order", *tasks, request.split, request.seed)
+    checked: set[str] = set()
     for made in range(request.count):
         task = choose.choice(tasks)
         for _ in range(_PATIENCE):
@@ -167,13 +172,42 @@ def _problem_stream(
             )
         if unique:
             taken.add(key)
-        yield {
+        record = {
             "messages": [{"role": "user", "content": question}],
             "answer": str(entry["answer"]),
             "task": task,
             "metadata": dict(entry["metadata"]),
             "split": request.split,
         }
+        if task not in checked:
+            gold = entry["answer"] if entry["answer"] is not None else entry["metadata"].get("example_answer")
+            check_scorer(record, gold)
+            checked.add(task)
+        yield record
+
+
+def check_scorer(record: Record, gold: object) -> None:
+    """Score a record as it is read back from JSON: with its gold answer (None: not known) and with no answer at all.
+
+    Raises:
+        UserError: the gold answer counts as wrong, or the other one as right.
+    """
+    problem = json.loads(json.dumps(record))
+    reward = ReasoningGymAnswerReward()
+
+    def is_right(answer: str) -> bool:
+        try:
+            return reward(RewardInput(problem["messages"], answer, None, answer, problem)) == 1.0
+        except Exception:
+            # A scorer that fails on a text pays nothing for it.
+            return False
+
+    if gold is not None and not is_right(str(gold)):
+        raise UserError(
+            f"task {record['task']}: its scorer counts its own answer {str(gold)[:40]!r} as wrong; leave out the task"
+        )
+    if is_right("?"):
+        raise UserError(f"task {record['task']}: its scorer counts the answer '?' as right; leave out the task")
 
 
 def _bare_options(tasks: tuple[str, ...]) -> tuple[str, ...]:

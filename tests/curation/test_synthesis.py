@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_lit.curation.synthesis import KINDS, SynthesisRequest, parse_options, synthesize, synthesize_to_file
-from qwen3_lit.curation.synthesis_problems import query_text
+from qwen3_lit.curation.synthesis_problems import check_scorer, query_text
 from qwen3_lit.curation.synthesis_split import normalized_text, split_of, stream_seed
 from qwen3_lit.curation.verification import AnswerVerifier, response_input
 from qwen3_lit.data.schema import read_records
@@ -86,6 +86,16 @@ def test_problem_answers_pass_the_verifier() -> None:
         assert all(verifier.right([response_input(record, "", record["answer"]) for record in records]))
         wrong = [response_input(record, "", record["answer"].replace("1", "2") + "3") for record in records]
         assert not any(verifier.right(wrong))
+
+
+def test_a_task_whose_scorer_cannot_tell_right_from_wrong_is_refused() -> None:
+    (board,) = synthesize("problems", SynthesisRequest(count=1, tasks=("arc_agi",)))
+    check_scorer(board, board["answer"])
+    with pytest.raises(UserError, match="task arc_agi: its scorer counts its own answer .* as wrong"):
+        check_scorer(board | {"metadata": board["metadata"] | {"output": [[10]]}}, board["answer"])
+    (halting,) = synthesize("problems", SynthesisRequest(count=1, tasks=("game_of_life_halting",)))
+    with pytest.raises(UserError, match="task game_of_life_halting: its scorer counts the answer '\\?' as right"):
+        check_scorer(halting | {"answer": "?"}, None)
 
 
 def test_exhausted_task_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Rule reward: reasoning-gym's own scorer of the task a problem came from.
 
 Several of its scorers give partial credit to any text that merely contains the answer, which a policy learns to exploit
-by listing candidates; therefore only scores of at least `threshold` count, and they count 1.
+by listing candidates; therefore only scores of at least `threshold` count, and they count 1. Two kinds of scorers need
+help: the ARC boards are compared as tuples, which JSON turns into lists, and game_of_life_halting's scorer compares
+``bool(text)``, which is true of any text, with the gold "False" too.
 """
 
 from typing import Any
@@ -9,6 +11,9 @@ from typing import Any
 from qwen3_lit.errors import UserError
 from qwen3_lit.rl.rewards.final_answer import final_answer
 from qwen3_lit.rl.rewards.reward import Reward, RewardInput
+
+_BOARDS = ("arc_agi", "rearc")
+_SCORED_AS_TEXT = "game_of_life_halting"
 
 
 class ReasoningGymAnswerReward(Reward):
@@ -57,7 +62,7 @@ class ReasoningGymAnswerReward(Reward):
         entry = {
             "question": str(item.messages[-1]["content"]) if item.messages else "",
             "answer": item.problem.get("answer"),
-            "metadata": item.metadata,
+            "metadata": _with_tuples(item.metadata) if dataset in _BOARDS else item.metadata,
         }
         scorer = self._scorer(dataset)
         if scorer is None:
@@ -66,8 +71,18 @@ class ReasoningGymAnswerReward(Reward):
         return float(scorer(answer, entry) >= self.threshold - 1e-9)
 
     def _scorer(self, dataset: str) -> Any:
+        if dataset == _SCORED_AS_TEXT:
+            return _same_word
         if dataset not in self._scorers:
             from reasoning_gym.factory import DATASETS, get_score_answer_fn
 
             self._scorers[dataset] = get_score_answer_fn(dataset) if dataset in DATASETS else None
         return self._scorers[dataset]
+
+
+def _with_tuples(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {**metadata, "output": tuple(tuple(row) for row in metadata["output"])}
+
+
+def _same_word(answer: str, entry: dict[str, Any]) -> float:
+    return float(answer.strip().rstrip(".").lower() == str(entry["answer"]).lower())

@@ -174,7 +174,11 @@ def test_math_answer_reads_only_the_end_and_may_insist_on_a_box() -> None:
     assert MathAnswerReward(require_boxed=True)(given("the answer is 42", answer="42")) == 0.0
 
 
-@pytest.mark.parametrize("task", ["chain_sum", "countdown", "number_sorting", "word_sorting", "propositional_logic"])
+@pytest.mark.parametrize(
+    "task",
+    ["chain_sum", "countdown", "number_sorting", "word_sorting", "propositional_logic", "arc_agi", "rearc"]
+    + ["game_of_life_halting"],
+)
 def test_reasoning_gym_scores_with_the_tasks_own_scorer(task: str) -> None:
     entry = reasoning_gym.create_dataset(task, seed=3, size=1)[0]
     # Problems travel as JSONL.
@@ -182,7 +186,7 @@ def test_reasoning_gym_scores_with_the_tasks_own_scorer(task: str) -> None:
     gold = entry["answer"] or entry["metadata"]["example_answer"]
     problem = {"answer": entry["answer"], "metadata": entry["metadata"]}
     reward = ReasoningGymAnswerReward()
-    assert reward(given(f"Answer: {gold}", prompt=entry["question"], **problem)) == 1.0
+    assert reward(given(f"<answer>{gold}</answer>", prompt=entry["question"], **problem)) == 1.0
     assert reward(given("Answer: pardon", prompt=entry["question"], **problem)) == 0.0
 
 
