@@ -107,6 +107,7 @@ class GRPOModule(PolicyModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         rollouts: list[Rollout] = []
         problems, used, refills = list(batch.problems), set(batch.indices), 0
+        self._reward_totals = self.pool.totals.copy()
         # Gathered once around all rounds: how many of them there are is each rank's own affair.
         with self.generating() as engine:
             while True:
@@ -236,8 +237,9 @@ class GRPOModule(PolicyModule):
 
     def log_rollouts(self, rollouts: list[Rollout]) -> None:
         """Reward and length figures of what was sampled (before groups were dropped), alarms, and a few completions."""
+        failures = self.pool.metrics_since(self._reward_totals)  # of all refills
         metrics = rollout_metrics(self._first_sampled)
-        groups, pools = zip(*gather_over_ranks((len({r.group_id for r in rollouts}), self.pool.metrics)), strict=True)
+        groups, pools = zip(*gather_over_ranks((len({r.group_id for r in rollouts}), failures)), strict=True)
         metrics["groups_trained"] = float(sum(groups))
         workers = {
             name: sum(pool.get(name, 0.0) for pool in pools) / (len(pools) if name.endswith("_frac") else 1)

@@ -10,6 +10,18 @@ from qwen3_lit.rl.dynamic_sampling import groups_with_signal
 from qwen3_lit.rl.rewards.mode_follow import follows_mode
 from qwen3_lit.rl.rollout import Rollout
 
+_REWARD_FAILURES = {
+    "timeouts": ("timeout_frac", "time out", "raise deadline_seconds or check the verifier"),
+    "errors": (
+        "error_frac",
+        "raise or are no number",
+        "mend the reward or what it needs, its first error is in the log",
+    ),
+    "oom": ("oom_frac", "run out of memory", "raise memory_limit_mb or check the verifier"),
+    "crashes": ("crash_frac", "take their process down", "check the libraries of the verifier"),
+}
+"""Failure -> its share in the metrics of RewardPool, what happened, what to do."""
+
 
 @dataclass(frozen=True)
 class RolloutFigures:
@@ -101,6 +113,11 @@ def alarms(metrics: dict[str, float]) -> list[str]:
             f"{metrics['zero_advantage_frac']:.0%} of groups have equal rewards: take problems of another difficulty, "
             "or more samples a prompt"
         )
-    if metrics.get("timeout_frac", 0.0) > 0.01:
-        lines.append(f"{metrics['timeout_frac']:.1%} of rewards time out: raise deadline_seconds or check the verifier")
+    for kind, (share, what, advice) in _REWARD_FAILURES.items():
+        if metrics.get(share, 0.0) > 0.01:
+            suffix = f"/{kind}"
+            own = [name for name in metrics if name.endswith(suffix) and not name.startswith("workers/")]
+            names = sorted(name.removesuffix(suffix) for name in own)
+            whose = f" ({', '.join(names)})" if names else ""
+            lines.append(f"{metrics[share]:.1%} of rewards {what} and got default_reward: {advice}{whose}")
     return lines

@@ -101,6 +101,27 @@ def test_groups_without_signal_fill_the_step_when_no_spare_problem_is_left(
     assert len(module.trained) == 4 and len({rollout.group_id for rollout in module.trained}) == 2
 
 
+class BrokenAtFirst(ByProblem):
+    """No score is a number in the first batch; later batches are without fault."""
+
+    calls = 0
+
+    def score_batch(self, items: Sequence[RewardInput]) -> list[float | None]:
+        self.calls += 1
+        return [float("nan")] * len(items) if self.calls == 1 else super().score_batch(items)
+
+
+def test_failed_rewards_of_a_step_are_logged_and_warned_of_although_refills_follow(
+    tmp_path: Path, tokenizer_folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = policy(rewards=[BrokenAtFirst()])
+    fit(module, problems(tmp_path, tokenizer_folder, ["1"] * 4), tmp_path)
+    assert module.pool.rewards[0].calls == 2, "one refill"
+    assert module.trainer.callback_metrics["rollout/workers/errors"] == 4
+    assert module.trainer.callback_metrics["rollout/workers/error_frac"] == 0.5
+    assert "50.0% of rewards raise or are no number" in caplog.text and "(reward)" in caplog.text
+
+
 @pytest.mark.parametrize("on_policy_distillation", [False, True])
 def test_completions_that_no_micro_batch_can_hold_are_refused_before_anything_is_sampled(
     on_policy_distillation: bool, tmp_path: Path, tokenizer_folder: str

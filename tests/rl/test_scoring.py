@@ -85,3 +85,14 @@ def test_alarms_say_what_to_do() -> None:
     assert alarms({"truncated_frac": 0.1, "zero_advantage_frac": 0.3, "timeout_frac": 0.0}) == []
     lines = alarms({"truncated_frac": 0.9, "zero_advantage_frac": 0.9, "timeout_frac": 0.5})
     assert len(lines) == 3 and "max_new_tokens" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("failure", "share"),
+    [("timeouts", "timeout_frac"), ("errors", "error_frac"), ("oom", "oom_frac"), ("crashes", "crash_frac")],
+)
+def test_each_kind_of_failed_reward_raises_an_alarm_that_names_the_reward(failure: str, share: str) -> None:
+    metrics = {f"judge/{failure}": 90.0, f"math/{failure}": 1.0, f"workers/judge/{failure}": 90.0}
+    (line,) = alarms({share: 0.02, **metrics})
+    assert line.startswith("2.0% of rewards") and line.endswith("(judge, math)")
+    assert alarms({share: 0.01, **metrics}) == []

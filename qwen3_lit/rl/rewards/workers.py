@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from types import TracebackType
@@ -110,10 +110,9 @@ class RewardPool:
         self.composition: Composition = composition
         self.default_reward = float(default_reward)
         self.max_input_chars = max_input_chars
-        self.metrics: dict[str, float] = {}
-        """Failures of the latest :meth:`score`: totals, `<reward>/<failure>`, and each total as a fraction of jobs."""
         self.totals: Counter[str] = Counter()
         """Failures and jobs since the pool was made."""
+        self._before_latest: Counter[str] = Counter()
         self._deadline_seconds = deadline_seconds
         self._startup_seconds = startup_seconds
         self._chunk_size = chunk_size
@@ -127,7 +126,6 @@ class RewardPool:
         self._payload = self._pickle_rewards()
         self._workers: list[_Worker] = []
         self._lock = threading.RLock()
-        self._failures: Counter[str] = Counter()
         self._explained: set[tuple[str, str]] = set()
         self._prepared: set[int] = set()
         self._closed = False
@@ -160,7 +158,7 @@ class RewardPool:
     def score(self, inputs: Sequence[RewardInput]) -> list[dict[str, float | None]]:
         """Every reward's score of every completion, None where a reward does not apply; in the order of `inputs`."""
         with self._lock:
-            self._failures = Counter()
+            self._before_latest = self.totals.copy()
             capped = [item.capped(self.max_input_chars) for item in inputs]
             scores: list[dict[str, float | None]] = [{reward.name: None for reward in self.rewards} for _ in capped]
             jobs: list[_Job] = []
@@ -176,9 +174,20 @@ class RewardPool:
                     _kill(worker)
                 self._workers.clear()
                 raise
-            in_process = self._run_in_process(capped, scores)
-            self._count(len(jobs) + in_process)
+            self.totals["jobs"] += len(jobs) + self._run_in_process(capped, scores)
             return scores
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """:meth:`metrics_since` the latest :meth:`score` began."""
+        return self.metrics_since(self._before_latest)
+
+    def metrics_since(self, totals: Mapping[str, int]) -> dict[str, float]:
+        """Failures since :attr:`totals` had these values: totals, `<reward>/<failure>`, totals as shares of jobs."""
+        new = Counter({name: count - totals.get(name, 0) for name, count in self.totals.items()})
+        metrics = {name: float(new[name]) for name in _FAILURES}
+        metrics |= {name: float(count) for name, count in new.items() if "/" in name and count}
+        return metrics | {share: new[name] / max(new["jobs"], 1) for name, share in _FAILURES.items()}
 
     def combine(self, scores: dict[str, float | None]) -> float | None:
         """One number from one completion's scores, by the pool's composition; None when no weighted reward applies."""
@@ -328,8 +337,8 @@ class RewardPool:
     def _default(self, job: _Job, failure: str, text: str, scores: list[dict[str, float | None]]) -> None:
         name = self.rewards[job.reward].name
         scores[job.item][name] = self.default_reward
-        self._failures[failure] += 1
-        self._failures[f"{name}/{failure}"] += 1
+        self.totals[failure] += 1
+        self.totals[f"{name}/{failure}"] += 1
         self._explain_once(name, failure, text)
 
     def _explain_once(self, name: str, kind: str, text: str) -> None:
@@ -356,14 +365,6 @@ class RewardPool:
                     scores[item][reward.name] = value
             count += len(chosen)
         return count
-
-    def _count(self, jobs: int) -> None:
-        self.totals.update(self._failures)
-        self.totals["jobs"] += jobs
-        self.metrics = {name: float(self._failures[name]) for name in _FAILURES}
-        self.metrics.update({name: float(count) for name, count in self._failures.items() if "/" in name})
-        for name, fraction in _FAILURES.items():
-            self.metrics[fraction] = self._failures[name] / max(jobs, 1)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a RewardPool owns processes and cannot be pickled")

@@ -99,6 +99,9 @@ def test_one_bad_item_costs_one_default_reward(hostile_module, bad: str, failure
         # The pool goes on working, and a clean batch reports no failure.
         assert pool.score([item("xx")])[0]["hostile"] == 0.2
         assert pool.metrics[failure] == 0 and pool.totals[failure] == 1
+        since_start = pool.metrics_since({})
+        assert since_start[failure] == since_start[f"hostile/{failure}"] == 1
+        assert max(value for name, value in since_start.items() if name.endswith("_frac")) == 1 / (2 * 7 + 2)
 
 
 def test_two_workers_survive_a_batch_full_of_trouble(hostile_module) -> None:
