@@ -196,11 +196,7 @@ def check_scorer(record: Record, gold: object) -> None:
     reward = ReasoningGymAnswerReward()
 
     def is_right(answer: str) -> bool:
-        try:
-            return reward(RewardInput(problem["messages"], answer, None, answer, problem)) == 1.0
-        except Exception:
-            # A scorer that fails on a text pays nothing for it.
-            return False
+        return reward(RewardInput(problem["messages"], answer, None, answer, problem)) == 1.0
 
     if gold is not None and not is_right(str(gold)):
         raise UserError(

@@ -68,7 +68,11 @@ class ReasoningGymAnswerReward(Reward):
         if scorer is None:
             return None
         answer = final_answer(item.answer[-self.max_chars :])
-        return float(scorer(answer, entry) >= self.threshold - 1e-9)
+        try:
+            return float(scorer(answer, entry) >= self.threshold - 1e-9)
+        except (TypeError, ValueError):
+            # Some scorers parse without a net, as int("no idea"): an answer that they cannot read is wrong.
+            return 0.0
 
     def _scorer(self, dataset: str) -> Any:
         if dataset == _SCORED_AS_TEXT:
