@@ -9,6 +9,7 @@ behind.
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 from qwen3_lit.data.chat_template import render
@@ -59,7 +60,7 @@ class CalculatorEnvironment:
 
     Args:
         tasks: Tasks whose problems get the calculator; null takes the problems whose own `tools` name it.
-        max_turns: Assistant turns with tool calls that are answered in one completion.
+        max_turns: Assistant turns with tool calls that are answered since the last user turn.
         max_calls_per_turn: Calls answered in one turn; the rest gets an error message.
     """
 
@@ -80,9 +81,11 @@ class CalculatorEnvironment:
     def step(self, messages: Sequence[Message], assistant_text: str) -> list[Message] | None:
         """One tool message for each call of the turn."""
         calls = parse_tool_calls(assistant_text)
+        # Tool turns that an earlier question of the prompt needed are not this completion's.
+        asked = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=0)
         answered = sum(
             message["role"] == "assistant" and following["role"] == "tool"
-            for message, following in zip(messages, messages[1:], strict=False)
+            for message, following in pairwise(messages[asked:])
         )
         if not calls or answered >= self.max_turns:
             return None

@@ -48,6 +48,10 @@ def test_rounds_are_bounded() -> None:
     dialog = [{"role": "assistant", "content": call("1")}, {"role": "tool", "content": "1"}]
     assert environment.step(PROBLEM["messages"], call("1")) is not None
     assert environment.step([*PROBLEM["messages"], *dialog], call("1")) is None
+    # Calls that an earlier question needed are not counted.
+    asked_again = [*PROBLEM["messages"], *dialog, {"role": "assistant", "content": "1"}, *PROBLEM["messages"]]
+    assert environment.step(asked_again, call("1")) is not None
+    assert environment.step([*asked_again, *dialog], call("1")) is None
 
 
 def test_the_token_stream_is_the_rendered_conversation(tokenizer, scripted) -> None:

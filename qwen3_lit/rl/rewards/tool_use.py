@@ -1,5 +1,7 @@
 """Rule reward for tool tasks: the tool was really called, in valid format, and the final answer is right."""
 
+from itertools import takewhile
+
 from qwen3_lit.errors import UserError
 from qwen3_lit.rl.rewards.final_answer import final_answer, same_number
 from qwen3_lit.rl.rewards.reward import Reward, RewardInput
@@ -7,9 +9,10 @@ from qwen3_lit.rl.tool_calls import parse_tool_calls
 
 
 class ToolUseReward(Reward):
-    """1 for a right final answer behind at least one valid call of the tool and no malformed call, else 0.
+    """1 for a right final answer behind at least one call that the tool answered and no malformed call, else 0.
 
-    A right answer without the call scores 0: the task is to use the tool.
+    A right answer without the call scores 0: the task is to use the tool. So does one in a turn that calls again, and
+    one behind calls that the tool refused (``error: ...``).
 
     Args:
         weight: Weight in the composition.
@@ -40,15 +43,19 @@ class ToolUseReward(Reward):
         return super().applies(item) and bool(item.problem.get("tools") or item.metadata.get("tool"))
 
     def score(self, item: RewardInput) -> float:
-        # Only calls that got a result count: a call in the last turn was never executed.
-        executed = [
-            call
-            for turn, following in zip(item.turns, item.turns[1:], strict=False)
-            if turn.get("role") == "assistant" and following.get("role") == "tool"
-            for call in parse_tool_calls(str(turn["content"]))
-        ]
         tool = str(item.metadata.get("tool") or self.tool)
-        if not any(call.name == tool for call in executed) or any(call.error for call in executed):
+        answered = False
+        for index, turn in enumerate(item.turns):
+            if turn.get("role") != "assistant":
+                continue
+            calls = parse_tool_calls(str(turn["content"]))
+            results = list(takewhile(lambda message: message.get("role") == "tool", item.turns[index + 1 :]))
+            # A call of the last turn was never executed: that turn asks on instead of answering.
+            if any(call.error for call in calls) or (calls and not results):
+                return 0.0
+            for call, result in zip(calls, results, strict=False):
+                answered |= call.name == tool and not str(result["content"]).startswith("error:")
+        if not answered:
             return 0.0
         by_value = same_number(item.answer, item.reference)
         right = final_answer(item.answer) == item.reference.strip() if by_value is None else by_value

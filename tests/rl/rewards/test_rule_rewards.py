@@ -177,7 +177,7 @@ def test_math_answer_reads_only_the_end_and_may_insist_on_a_box() -> None:
 @pytest.mark.parametrize(
     "task",
     ["chain_sum", "countdown", "number_sorting", "word_sorting", "propositional_logic", "arc_agi", "rearc"]
-    + ["game_of_life_halting"],
+    + ["game_of_life_halting", "prime_factorization"],
 )
 def test_reasoning_gym_scores_with_the_tasks_own_scorer(task: str) -> None:
     entry = reasoning_gym.create_dataset(task, seed=3, size=1)[0]
@@ -321,10 +321,10 @@ def _call(expression: str) -> str:
     return f'<tool_call>\n{{"name": "calculator", "arguments": {{"expression": "{expression}"}}}}\n</tool_call>'
 
 
-def _dialog(first: str, last: str) -> list[dict[str, str]]:
+def _dialog(first: str, last: str, *results: str) -> list[dict[str, str]]:
     return [
         {"role": "assistant", "content": first},
-        {"role": "tool", "content": "12"},
+        *({"role": "tool", "content": result} for result in results or ("12",)),
         {"role": "assistant", "content": last},
     ]
 
@@ -339,6 +339,12 @@ def _dialog(first: str, last: str) -> list[dict[str, str]]:
         ([{"role": "assistant", "content": "It is 12."}], 0.0),
         ([{"role": "assistant", "content": _call("3*4") + " It is 12."}], 0.0),
         (_dialog("<think>\n" + _call("3*4") + "\n</think>\n\nno call", "It is 12."), 0.0),
+        (_dialog(_call("3*"), "It is 12.", "error: not an arithmetic expression"), 0.0),
+        (_dialog(_call("3*") + _call("3*4"), "It is 12.", "error: not an arithmetic expression", "12"), 1.0),
+        (_dialog(_call("3*") + _call("3*4").replace("calculator", "search"), "It is 12.", "error: no", "12"), 0.0),
+        (_dialog(_call("3*"), "", "error: no")[:-1] + _dialog(_call("3*4"), "It is 12."), 1.0),
+        (_dialog(_call("3*4"), _call("3*4") + " It is 12."), 0.0),
+        (_dialog(_call("3*4"), "It is 12. <tool_call>3*4"), 0.0),
     ],
 )
 def test_tool_use_needs_an_executed_call_and_the_right_answer(turns: list[dict[str, str]], score: float) -> None:
