@@ -174,7 +174,7 @@ def _problem_stream(
             taken.add(key)
         record = {
             "messages": [{"role": "user", "content": question}],
-            "answer": str(entry["answer"]),
+            "answer": "" if entry["answer"] is None else str(entry["answer"]),
             "task": task,
             "metadata": dict(entry["metadata"]),
             "split": request.split,
