@@ -46,16 +46,16 @@ class PackedBatch:
     """float32 [T], factor of each position's loss; None means 1 everywhere."""
     token_mask_T: Tensor | None = None
     """bool [T], False on tail padding; None means that there is no padding."""
-    real_tokens: int | None = None
-    """Tokens that are not padding, counted when the row was packed (saves a device sync later)."""
+    document_bounds: tuple[int, ...] | None = None
+    """``cu_seqlens`` without padding, on the host since the row was packed: asking the device would wait for it."""
     loss_tokens: int | None = None
     """Targets that are not -100, counted when the row was packed."""
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the row without tail padding."""
-        if self.real_tokens is not None:
-            return self.real_tokens
+        if self.document_bounds is not None:
+            return self.document_bounds[-1]
         if self.token_mask_T is None:
             return self.token_ids_T.numel()
         return int(self.token_mask_T.sum())
@@ -74,7 +74,7 @@ class PackedBatch:
 
     def document_spans(self) -> list[tuple[int, int]]:
         """[start, end) of each document in order, tail padding left out."""
-        bounds = self.cu_seqlens.tolist()
+        bounds = self.document_bounds or self.cu_seqlens.tolist()
         end_of_documents = self.num_tokens
         return [(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if a < b <= end_of_documents]
 

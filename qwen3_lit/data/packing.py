@@ -270,6 +270,6 @@ def pack_row(
         max_seqlen=max(max(len(d) for d in documents), total - used),
         loss_weights_T=weights,
         token_mask_T=torch.arange(total) < used if pad_rows else None,
-        real_tokens=used,
+        document_bounds=tuple(bounds),
         loss_tokens=int((target_ids != IGNORE_INDEX).sum()),
     )

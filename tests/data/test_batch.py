@@ -24,8 +24,14 @@ def test_to_keeps_every_field():
 
 def test_counts_agree_with_the_tensors_when_nothing_was_counted():
     batch = row(pad_rows=True)
-    bare = dataclasses.replace(batch, real_tokens=None, loss_tokens=None)
+    bare = dataclasses.replace(batch, document_bounds=None, loss_tokens=None)
     assert (batch.num_tokens, batch.num_loss_tokens) == (bare.num_tokens, bare.num_loss_tokens) == (5, 3)
+    assert batch.document_spans() == bare.document_spans()
+
+
+def test_counts_and_spans_ask_no_device():
+    meta = row(pad_rows=True).to("meta")
+    assert (meta.num_tokens, meta.num_loss_tokens, meta.document_spans()) == (5, 3, [(0, 3), (3, 5)])
 
 
 def test_document_spans_leave_padding_out():
