@@ -22,6 +22,7 @@ from qwen3_lit.losses.policy_gradient import GRPOLoss, PolicyInputs, PolicyLoss
 from qwen3_lit.losses.reduction import gather_over_ranks, max_over_ranks, sum_over_ranks
 from qwen3_lit.model.hf_checkpoint import load_hf
 from qwen3_lit.model.transformer import Qwen3
+from qwen3_lit.modules.model_building import position_fields
 from qwen3_lit.modules.policy_module import PolicyModule, pack_for_ranks, training_params
 from qwen3_lit.rl.advantage import AdvantageEstimator, GroupRelativeAdvantage
 from qwen3_lit.rl.dynamic_sampling import DynamicSamplingConfig, decide_refill
@@ -228,7 +229,7 @@ class GRPOModule(PolicyModule):
         if self.reference is None:
             if self.init_from is None:
                 raise UserError("policy_loss.beta > 0 needs init_from: the reference is the model a phase starts from")
-            reference = load_hf(self.init_from, dtype=self.compute_dtype, overrides=self.position_fields)
+            reference = load_hf(self.init_from, dtype=self.compute_dtype, overrides=position_fields(self.config))
             self.__dict__["reference"] = reference.to(self.device).eval().requires_grad_(False)
         assert self.reference is not None
         return self._score(row, self.reference)[0]

@@ -27,12 +27,12 @@ from qwen3_lit.losses.language_model import language_model_loss
 from qwen3_lit.losses.load_balance import AuxFreeBias, BalanceStrategy, CombinedBalance, GlobalBatchBalance
 from qwen3_lit.losses.reduction import sum_over_ranks
 from qwen3_lit.losses.router_metrics import router_metrics
-from qwen3_lit.model.config import POSITION_FIELDS, ModelConfig, dimension_mismatches
+from qwen3_lit.model.config import ModelConfig, dimension_mismatches
 from qwen3_lit.model.cost import training_flops
-from qwen3_lit.model.hf_checkpoint import load_hf, load_hf_weights, read_hf_config, save_hf
-from qwen3_lit.model.init import init_weights
+from qwen3_lit.model.hf_checkpoint import read_hf_config, save_hf
 from qwen3_lit.model.moe import MoE
-from qwen3_lit.model.transformer import ModelOutput, Qwen3
+from qwen3_lit.model.transformer import ModelOutput
+from qwen3_lit.modules.model_building import build_model
 from qwen3_lit.optim.optimizer import build_optimizer
 from qwen3_lit.optim.param_groups import OptimizerConfig
 from qwen3_lit.optim.schedule import ScheduleConfig, check_length, learning_rate_multiplier
@@ -116,7 +116,7 @@ class PhaseModule(L.LightningModule):
             return
         strategy = self._trainer.strategy if self._trainer is not None else None
         sharding = strategy if isinstance(strategy, FSDP2Strategy) else None
-        self.model = self._whole_model() if sharding is None else self._sharded_model(sharding)
+        self.model = build_model(self.config, self.init_from, sharding)
         self.model.activation_checkpointing = self.activation_checkpointing
         if self._uses_expert_bias():
             for module in self.model.modules():
@@ -128,36 +128,6 @@ class PhaseModule(L.LightningModule):
         if sharding is not None:
             for head in heads:
                 sharding.shard_head(head)
-
-    def _whole_model(self) -> Qwen3:
-        if self.init_from is None:
-            return Qwen3(self.config)
-        return load_hf(self.init_from, dtype=torch.float32, overrides=self.position_fields)
-
-    def _sharded_model(self, strategy: FSDP2Strategy) -> Qwen3:
-        """The same weights without a whole model in any process: 122 GB in each for 30B-A3B.
-
-        Sharded while the parameters have no memory, then filled one parameter at a time.
-        """
-        if self.init_from is None:
-            model = Qwen3(self.config, empty=True)
-        else:
-            config = read_hf_config(self.init_from, self.position_fields)
-            with torch.device("meta"):
-                model = Qwen3(config)
-        strategy.shard(model)
-        model.to_empty(device=strategy.root_device)
-        model.rope.reset_parameters()
-        if self.init_from is None:
-            init_weights(model)
-        else:
-            load_hf_weights(model, self.init_from)
-        return model
-
-    @property
-    def position_fields(self) -> dict[str, Any]:
-        """The position fields of this phase's config, which win over those of the folder it starts from."""
-        return {name: getattr(self.config, name) for name in POSITION_FIELDS}
 
     @property
     def compute_dtype(self) -> torch.dtype:
