@@ -172,6 +172,10 @@ def drop_reason(rollout: Rollout) -> str | None:
         return "no_answer"
     if "<think>" in item.answer:
         return "think_tag_in_answer"
+    thoughts = [split_thinking(str(turn["content"]))[0] for turn in rollout.turns if turn["role"] == "assistant"]
+    # Stricter than the reward: what is kept is trained turn by turn, and an empty block is not how to think.
+    if rollout.mode == "think" and not all((thought or "").strip() for thought in thoughts):
+        return "wrong_mode"
     return None if follows_mode(rollout.mode, rollout.turns) else "wrong_mode"
 
 

@@ -96,6 +96,12 @@ def test_a_response_that_thinks_unasked_in_an_earlier_turn_is_dropped(tokenizer:
     assert select([made], [1.0], "correct")[1] == {"wrong_mode": 1}
 
 
+def test_thoughts_behind_an_empty_block_are_no_thinking_sample(tokenizer: TextTokenizer) -> None:
+    """The stored reasoning would be empty, which no training set of thinking dialogs takes."""
+    made = rollout(tokenizer, "<think>\n\n</think>\n\n1+2</think>3")
+    assert select([made], [1.0], "all")[1] == {"wrong_mode": 1}
+
+
 def test_conversation_record_keeps_tool_calls(tokenizer: TextTokenizer) -> None:
     body = '{"name": "calculator", "arguments": {"expression": "1+2"}}'
     call = f"<think>\nuse it\n</think>\n\n<tool_call>\n{body}\n</tool_call>"
