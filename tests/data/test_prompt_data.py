@@ -62,7 +62,7 @@ class FakeTrainer:
     """Stands for one rank of several."""
 
     def __init__(self, rank: int, world_size: int, steps: int = 0) -> None:
-        self.global_rank, self.world_size = rank, world_size
+        self.global_rank, self.world_size, self.overfit_batches = rank, world_size, 0
         total = SimpleNamespace(processed=steps)
         progress = SimpleNamespace(total=total)
         self.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))

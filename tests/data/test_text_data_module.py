@@ -201,6 +201,7 @@ class FakeTrainer:
 
     def __init__(self, rank: int, world_size: int, processed: int = 0) -> None:
         self.global_rank, self.world_size, self.should_stop = rank, world_size, False
+        self.overfit_batches = 0
 
         class Node:
             pass
