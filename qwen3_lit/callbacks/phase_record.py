@@ -14,11 +14,11 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 
 from qwen3_lit.data.atomic_files import write_text
+from qwen3_lit.losses.reduction import gather_over_ranks
 from qwen3_lit.model.cost import active_parameter_count, parameter_count
-from qwen3_lit.modules.phase_module import Counters, PhaseModule
+from qwen3_lit.modules.phase_module import PhaseModule
 
 PHASE_FILE = "phase.json"
 PACKAGES = ("qwen3_lit", "torch", "lightning", "litdata", "transformers", "triton", "flash-attn-4", "flash-attn")
@@ -64,13 +64,9 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def work_done(trainer: L.Trainer, module: PhaseModule) -> dict[str, int | float]:
+def work_done(module: PhaseModule) -> dict[str, int | float]:
     """Tokens of all ranks together, and the rollout seconds of the slowest; every rank has to call it."""
-    mine = module.counters
-    ranks: list[Counters] = [mine]
-    if trainer.world_size > 1:
-        ranks = [mine] * trainer.world_size
-        dist.all_gather_object(ranks, mine)
+    ranks = gather_over_ranks(module.counters)
     return {
         "tokens": sum(counters.tokens for counters in ranks),
         "rollout_tokens": sum(counters.rollout_tokens for counters in ranks),

@@ -178,7 +178,7 @@ class RunReport(Checkpoint):
             if missing or not self.evaluate
             else pl_module.report_metrics(before, after, self._seconds)
         )
-        work = work_done(trainer, pl_module)
+        work = work_done(pl_module)
         if trainer.is_global_zero:
             record = {
                 "name": self._folder(trainer).resolve().name,

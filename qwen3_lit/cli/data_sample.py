@@ -73,7 +73,6 @@ def load_rollout_engine(args: argparse.Namespace) -> tuple["RolloutEngine", "Tex
     Raises:
         UserError: no such engine, or vLLM is not installed.
     """
-    from qwen3_lit.data.chat_template import STOP_THINKING
     from qwen3_lit.data.tokenizer import check_tokenizer_fits, load_tokenizer
     from qwen3_lit.errors import UserError
     from qwen3_lit.generation.openai_engine import OpenAIEngine
@@ -86,13 +85,10 @@ def load_rollout_engine(args: argparse.Namespace) -> tuple["RolloutEngine", "Tex
         return load_engine(args.model, args.device, **sizes)
     tokenizer, vocab_size = load_tokenizer(args.model), read_hf_config(args.model).vocab_size
     check_tokenizer_fits(tokenizer, vocab_size, args.model)
-    stop_thinking_ids = tuple(tokenizer.encode(STOP_THINKING))
     options: dict[str, Any] = {
         "stop_token_ids": (tokenizer.im_end_id, tokenizer.end_of_text_id),
         "unused_token_ids": range(len(tokenizer), vocab_size),
-        "thinking": ThinkingTokens(
-            tokenizer.end_think_id, stop_thinking_ids, tokenizer.think_id, tokenizer.im_start_id
-        ),
+        "thinking": ThinkingTokens.of(tokenizer),
     }
     if args.engine == "vllm":
         return VLLMEngine(args.model, **options), tokenizer

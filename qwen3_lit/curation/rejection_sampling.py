@@ -21,6 +21,7 @@ from qwen3_lit.curation.synthesis_problems import query_text
 from qwen3_lit.curation.synthesis_split import stream_seed, text_key
 from qwen3_lit.curation.verification import AnswerVerifier, is_right
 from qwen3_lit.data.chat_template import requested_mode, split_thinking
+from qwen3_lit.data.fusion_data import has_reasoning
 from qwen3_lit.data.schema import iter_rows, validate_record
 from qwen3_lit.data.tokenizer import TextTokenizer
 from qwen3_lit.errors import UserError
@@ -172,9 +173,9 @@ def drop_reason(rollout: Rollout) -> str | None:
         return "no_answer"
     if "<think>" in item.answer:
         return "think_tag_in_answer"
-    thoughts = [split_thinking(str(turn["content"]))[0] for turn in rollout.turns if turn["role"] == "assistant"]
     # Stricter than the reward: what is kept is trained turn by turn, and an empty block is not how to think.
-    if rollout.mode == "think" and not all((thought or "").strip() for thought in thoughts):
+    answers = [turn for turn in rollout.turns if turn["role"] == "assistant"]
+    if rollout.mode == "think" and not all(map(has_reasoning, answers)):
         return "wrong_mode"
     return None if follows_mode(rollout.mode, rollout.turns) else "wrong_mode"
 

@@ -38,7 +38,7 @@ class PagedEngine:
         max_prefill_tokens: most prompt tokens in one forward pass; a longer prompt goes alone.
         valid_vocab: ids from here on belong to no token and are never produced; default: all rows of the embedding.
         stop_token_ids: end a completion in addition to those that a request names.
-        end_think_id, think_id, turn_start_id, stop_thinking_ids: see ``ThinkingTokens``; needed for thinking budgets.
+        thinking: needed for thinking budgets.
         seed: of the engine's own random stream.
     """
 
@@ -52,10 +52,7 @@ class PagedEngine:
         max_prefill_tokens: int = 8192,
         valid_vocab: int | None = None,
         stop_token_ids: Sequence[int] = (),
-        end_think_id: int | None = None,
-        think_id: int | None = None,
-        turn_start_id: int | None = None,
-        stop_thinking_ids: Sequence[int] = (),
+        thinking: ThinkingTokens | None = None,
         seed: int = 0,
     ) -> None:
         vocab_size = model.config.vocab_size
@@ -76,9 +73,7 @@ class PagedEngine:
         self.max_prefill_tokens = max_prefill_tokens
         self.valid_vocab = vocab_size if valid_vocab is None else valid_vocab
         self.stop_token_ids = tuple(stop_token_ids)
-        self.thinking: ThinkingTokens | None = None
-        if end_think_id is not None:
-            self.thinking = ThinkingTokens(end_think_id, tuple(stop_thinking_ids), think_id, turn_start_id)
+        self.thinking = thinking
         self.generator = torch.Generator().manual_seed(seed)
         self.num_preemptions = 0
         self._cache: PagedKVCache | None = None
@@ -86,15 +81,10 @@ class PagedEngine:
     @classmethod
     def for_tokenizer(cls, model: Qwen3, tokenizer: Any, **options: Any) -> "PagedEngine":
         """An engine whose special tokens are those of a ``TextTokenizer`` (see ``qwen3_lit.data.tokenizer``)."""
-        from qwen3_lit.data.chat_template import STOP_THINKING
-
         defaults = {
             "valid_vocab": len(tokenizer),
             "stop_token_ids": (tokenizer.im_end_id, tokenizer.end_of_text_id),
-            "end_think_id": tokenizer.end_think_id,
-            "think_id": tokenizer.think_id,
-            "turn_start_id": tokenizer.im_start_id,
-            "stop_thinking_ids": tokenizer.encode(STOP_THINKING),
+            "thinking": ThinkingTokens.of(tokenizer),
         }
         return cls(model, **{**defaults, **options})
 

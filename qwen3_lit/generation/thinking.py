@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qwen3_lit.data.chat_template import STOP_THINKING
+from qwen3_lit.data.tokenizer import TextTokenizer
 from qwen3_lit.errors import UserError
 
 OPEN, THINKING, CLOSED = 0, 1, 2
@@ -38,6 +40,12 @@ class ThinkingTokens:
                 f"stop_thinking_ids: seen {list(self.stop_thinking_ids)}, expected a sentence that contains "
                 f"</think> = {self.end_think_id}, or thinking would never end"
             )
+
+    @classmethod
+    def of(cls, tokenizer: TextTokenizer) -> "ThinkingTokens":
+        """Those of a tokenizer with Qwen3's chat tokens."""
+        sentence = tuple(tokenizer.encode(STOP_THINKING))
+        return cls(tokenizer.end_think_id, sentence, tokenizer.think_id, tokenizer.im_start_id)
 
     @property
     def first_state(self) -> int:

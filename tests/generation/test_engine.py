@@ -7,6 +7,7 @@ from qwen3_lit.errors import UserError
 from qwen3_lit.generation.engine import PagedEngine
 from qwen3_lit.generation.protocol import RolloutEngine
 from qwen3_lit.generation.sampling import Completion, SamplingParams
+from qwen3_lit.generation.thinking import ThinkingTokens
 from qwen3_lit.model.config import DualChunkConfig, ModelConfig, YarnConfig
 from qwen3_lit.model.transformer import Qwen3
 
@@ -49,10 +50,7 @@ def make_engine(model: Qwen3, **changes: object) -> PagedEngine:
         "max_batch_size": 16,
         "max_cached_tokens": 4096,
         "valid_vocab": VALID,
-        "end_think_id": END_THINK,
-        "think_id": THINK,
-        "turn_start_id": TURN,
-        "stop_thinking_ids": STOP_THINKING,
+        "thinking": ThinkingTokens(END_THINK, tuple(STOP_THINKING), THINK, TURN),
         "seed": 5,
     }
     return PagedEngine(model, **{**settings, **changes})
