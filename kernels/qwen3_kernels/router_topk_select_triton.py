@@ -17,18 +17,15 @@ from qwen3_kernels.launch import AotCase, Launch
 from qwen3_kernels.router_topk_lists_triton import merge, merged_neighbours, sorted_eights
 from qwen3_kernels.router_topk_rows_triton import LN_2, LOG2_E, expert_of_column, load_rows, padded_experts
 
-# A tile holds 8,192 probabilities, 32 a thread: at E = 128 eight warps and 64 tokens, each in four threads. Two blocks
-# of 128 registers a thread fill a multiprocessor, so the 256 spans of T = 32,768 run at once, and each loads its next
-# tile before it looks at this one.
+TOKENS = 8
+"""Tokens of a tile: the bits of a byte."""
+# 32 probabilities a thread: at E = 128 a token is in four threads and a program is one warp, in which nothing waits for
+# other warps. Limited to 128 registers, a thread takes 80; left alone, it takes 64 and 0.7 us more.
 LAUNCHES = {
-    (gpu, experts): Launch({"TOKENS": 8192 // experts, "PARTS": 8, "AHEAD": 1}, 8, 1, max_registers=128)
+    (gpu, experts): Launch({"TOKENS": TOKENS, "PARTS": 8}, experts // 128, 1, max_registers=128)
     for gpu in (80, 90, 100)
     for experts in (128, 256, 512)
 }
-SPANS = 256
-"""Programs of one launch where there are enough tiles for all; the second launch reads the counts of 256 at once."""
-MAX_SPAN_ROWS = 8191
-"""Rows of a span beyond which eight counts, added in 16 bits, could overflow: longer inputs get more spans."""
 
 
 def padded_slots(top_k: int, select: Launch) -> int:
@@ -49,23 +46,24 @@ def _scores_as_int(exp_TE, inv_sum_T, bias_E, expert_E, num_experts: tl.constexp
     return bits_TE
 
 
-# The smallest score that keeps all its bits. Added to scores in [0, 1], it leaves three bits of the exponent in use and
-# 22 or more of 25 bits for the mantissa; smaller scores lose precision, not their order.
-_FLOOR = tl.constexpr(2.0**-7)
-
-
 @triton.jit
 def _scores_as_key(exp_TE, inv_sum_T, bias_E, expert_E, num_experts: tl.constexpr, EXPERTS: tl.constexpr):
     """[TOKENS, EXPERTS] uint32 whose low bits are free for the expert."""
     if bias_E is None:
-        # Sign and five bits of the exponent are the same in all. Columns without an expert have 0, like the least
-        # likely experts, and are beyond choice, or not to be told from those.
-        key_TE = (exp_TE + _FLOOR).to(tl.uint32, bitcast=True) << 6
+        # Added to exponentials, at most 1, the floor leaves so few exponents that a shift by the bits of an expert takes
+        # off what is the same in all. Smaller scores lose precision, not their order. Columns without an expert have
+        # 0, like the least likely experts, and are beyond choice, or not to be told from those.
+        if EXPERTS == 128:
+            key_TE = (exp_TE + 0.125).to(tl.uint32, bitcast=True) * EXPERTS
+        elif EXPERTS == 256:
+            key_TE = (exp_TE + 0.5).to(tl.uint32, bitcast=True) * EXPERTS
+        else:
+            key_TE = (exp_TE * (1.0 - 2.0**-22) + 1.0).to(tl.uint32, bitcast=True) * EXPERTS
     else:
         scores_TE = _scores_as_int(exp_TE, inv_sum_T, bias_E, expert_E, num_experts)
         key_TE = scores_TE.to(tl.uint32, bitcast=True) ^ 0x80000000
-        key_TE = tl.where((expert_E < num_experts)[None, :], key_TE, 0)
-    return key_TE & (0xFFFFFFFF - (EXPERTS - 1))
+        key_TE = tl.where((expert_E < num_experts)[None, :], key_TE & (0xFFFFFFFF - (EXPERTS - 1)), 0)
+    return key_TE
 
 
 @triton.jit
@@ -97,13 +95,14 @@ def _select_by_lists(
         close_T = close_T | ((best[k] ^ best[k + 1]) < EXPERTS)
     unsure = tl.broadcast_to(close_T[:, None], (TOKENS, LISTS))
     if top_k == 8:
-        # So may the eighth and a key that was not taken: one of any thread's eight, or one that its list dropped.
+        # So may the eighth and the next below it, in a thread's eight or among those that its list dropped. What is not
+        # below wraps around to the largest numbers.
         last = best[7][:, None]
-        cell = last & (0xFFFFFFFF - (EXPERTS - 1))
-        room = last - cell
-        unsure = unsure | ((a - cell) < room) | ((b - cell) < room) | ((c - cell) < room) | ((d - cell) < room)
-        unsure = unsure | ((e - cell) < room) | ((f - cell) < room) | ((g - cell) < room) | ((h - cell) < room)
-        unsure = unsure | (h >= last)
+        a, b, c, d = last - 1 - a, last - 1 - b, last - 1 - c, last - 1 - d
+        e, f, g, below = last - 1 - e, last - 1 - f, last - 1 - g, last - 1 - h
+        a, b, c, d = tl.minimum(a, b), tl.minimum(c, d), tl.minimum(e, f), tl.minimum(g, below)
+        gap = tl.minimum(tl.minimum(a, b), tl.minimum(c, d))
+        unsure = unsure | (gap < (last & (EXPERTS - 1))) | (h >= last)
     unsure = unsure & exists_T[:, None]
     if SLOTS == 8:
         even = tl.join(tl.join(best[0], best[4]), tl.join(best[2], best[6]))
@@ -171,7 +170,42 @@ def _select_exactly(
     return ids_TK
 
 
-@triton.jit(do_not_specialize=["num_tokens", "span_tiles"])
+@triton.jit
+def _swap(word_TL, partner_TL, upper, MASK: tl.constexpr, SHIFT: tl.constexpr):
+    """One step of a transposition of bits: of two lanes the lower one gives its upper bits for the other's lower ones."""
+    return tl.where(
+        upper,
+        ((partner_TL >> SHIFT) & MASK) | (word_TL & (0xFFFFFFFF - MASK)),
+        (word_TL & MASK) | ((partner_TL & MASK) << SHIFT),
+    )
+
+
+@triton.jit
+def _token_masks(ids_TK, counted_TK, EXPERTS: tl.constexpr, TOKENS: tl.constexpr):
+    """Which tokens of a tile chose each expert: words [TOKENS, LISTS] whose bytes are four consecutive experts, a bit for
+    each of eight tokens, and where each word belongs among those of all experts.
+
+    A thread sets the bits of one token's experts, and five exchanges of bits between threads turn bits of experts into
+    bits of tokens.
+    """
+    LISTS: tl.constexpr = EXPERTS // 32
+    tl.static_assert(TOKENS == 8)
+    list_L = tl.arange(0, LISTS)
+    bit_TK = tl.where(counted_TK, 1, 0).to(tl.uint32) << (ids_TK // LISTS).to(tl.uint32)
+    in_list = (ids_TK % LISTS)[:, :, None] == list_L[None, None, :]
+    # Experts of a token are distinct, so adding sets bits.
+    word_TL = tl.sum(tl.where(in_list, bit_TK[:, :, None], 0), axis=1)
+    token = tl.broadcast_to(tl.arange(0, TOKENS)[:, None], (TOKENS, LISTS))
+    other = tl.broadcast_to(list_L[None, :], (TOKENS, LISTS))
+    word_TL = _swap(word_TL, tl.gather(word_TL, token ^ 4, axis=0), (token & 4) != 0, 0x0F0F0F0F, 4)
+    word_TL = _swap(word_TL, tl.gather(word_TL, token ^ 2, axis=0), (token & 2) != 0, 0x33333333, 2)
+    word_TL = _swap(word_TL, tl.gather(word_TL, token ^ 1, axis=0), (token & 1) != 0, 0x55555555, 1)
+    word_TL = _swap(word_TL, tl.gather(word_TL, other ^ 2, axis=1), (other & 2) != 0, 0x0000FFFF, 16)
+    word_TL = _swap(word_TL, tl.gather(word_TL, other ^ 1, axis=1), (other & 1) != 0, 0x00FF00FF, 8)
+    return word_TL, other % 4 * (2 * LISTS) + token * (LISTS // 4) + other // 4
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
 def select_kernel(
     logits_TE,
     bias_E,
@@ -180,12 +214,11 @@ def select_kernel(
     expert_ids_TK,
     weights_TK,
     lse_out_T,
+    tile_masks,
     tile_counts,
-    span_counts,
-    span_prob_sums,
-    span_z_sums,
+    tile_prob_sums,
+    tile_z_sums,
     num_tokens,
-    span_tiles,
     num_experts: tl.constexpr,
     top_k: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -194,131 +227,112 @@ def select_kernel(
     PDL: tl.constexpr,
     TOKENS: tl.constexpr,
     PARTS: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     if PDL:
         gdc_launch_dependents()
-    span = tl.program_id(0)
-    first_tile = span * span_tiles
-    end_tile = tl.minimum(first_tile + span_tiles, tl.cdiv(num_tokens, TOKENS))
+    QUADS: tl.constexpr = EXPERTS // 4
+    tile = tl.program_id(0)
     expert_E = expert_of_column(EXPERTS, tl.arange(0, EXPERTS), PARTS)
     bin_E = tl.arange(0, EXPERTS)
     slot_K = tl.arange(0, SLOTS)
-    prob_8E = tl.zeros((8, EXPERTS), tl.float32)
-    z_T = tl.zeros((TOKENS,), tl.float32)
-    span_count_E = tl.zeros((EXPERTS,), tl.int32)
-
-    # Offsets in a tile are small: the pointer to its first row has the 64 bits.
     local_T = tl.arange(0, TOKENS)
-    tile_logits_TE = logits_TE + first_tile.to(tl.int64) * (TOKENS * num_experts)
-    if AHEAD:
-        row_T = tl.minimum(local_T, num_tokens - 1 - first_tile * TOKENS)
-        logits = load_rows(tile_logits_TE, row_T, None, TOKENS, num_experts, EXPERTS, PARTS)
-    for tile in range(first_tile, end_tile):
-        first_token = tile * TOKENS
-        tokens_left = num_tokens - first_token
-        exists_T = local_T < tokens_left
-        # Where there is no token, its last neighbour stands in: loads without a mask need nothing to fill in.
-        row_T = tl.minimum(local_T, tokens_left - 1)
-        in_KT = exists_T[None, :] & (slot_K < top_k)[:, None]
-        at_KT = local_T[None, :] * top_k + slot_K[:, None]
-        first_row = tl.cast(first_token, tl.int64) * top_k
-        if AHEAD:
-            # After the span's last tile, one row that is in the cache.
-            last_row = tl.minimum(tokens_left, tl.where(tile + 1 < end_tile, 2 * TOKENS, TOKENS)) - 1 - TOKENS
-            next_tile = tile_logits_TE + TOKENS * num_experts
-            next_row_T = tl.minimum(local_T, last_row)
-            next_logits = load_rows(next_tile, next_row_T, None, TOKENS, num_experts, EXPERTS, PARTS)
-        else:
-            logits = load_rows(tile_logits_TE, row_T, None, TOKENS, num_experts, EXPERTS, PARTS)
-        counted_T = exists_T
-        if token_mask_T is not None:
-            counted_T = tl.load(token_mask_T + first_token + local_T, mask=exists_T, other=0) != 0
-        peak_T = tl.max(logits, axis=1) * LOG2_E
-        exp_TE = tl.exp2(logits * LOG2_E - peak_T[:, None])
-        sum_T = tl.sum(exp_TE, axis=1)
-        inv_sum_T = 1.0 / sum_T
-        lse2_T = peak_T + tl.log2(sum_T)
-        lse_T = lse2_T * LN_2
-        tl.store(lse_out_T + first_token + local_T, lse_T, mask=exists_T)
-        # A masked token may hold anything, NaN included: it is left out, not multiplied by 0.
-        z_T += tl.where(counted_T, lse_T * lse_T, 0.0)
+    first_token = tile * TOKENS
+    tokens_left = num_tokens - first_token
+    exists_T = local_T < tokens_left
+    # Offsets in a tile are small: the pointer to its first row has the 64 bits. Where there is no token, its last
+    # neighbour stands in: loads without a mask need nothing to fill in.
+    tile_logits_TE = logits_TE + first_token.to(tl.int64) * num_experts
+    row_T = tl.minimum(local_T, tokens_left - 1)
+    first_row = tl.cast(first_token, tl.int64) * top_k
+    at_TK = local_T[:, None] * top_k + slot_K[None, :]
+    in_TK = exists_T[:, None] & (slot_K < top_k)[None, :]
 
-        if given_ids_TK is not None:
-            ids_KT = tl.load(given_ids_TK + first_row + at_KT, mask=in_KT, other=0).to(tl.int32)
-        else:
-            key_TE = _scores_as_key(exp_TE, inv_sum_T, bias_E, expert_E, num_experts, EXPERTS)
-            if top_k <= 8:
-                key_TK, unsure = _select_by_lists(key_TE, exists_T, top_k, EXPERTS, SLOTS, TOKENS, PARTS)
-            else:
-                key_TK, unsure = _select_by_heads(key_TE, expert_E, exists_T, top_k, EXPERTS, SLOTS, TOKENS)
-            ids_TK = EXPERTS - 1 - (key_TK & (EXPERTS - 1)).to(tl.int32)
-            if tl.max(unsure.to(tl.int32)) != 0:
-                # Read again: the tile's registers are free for the common way.
-                again = load_rows(tile_logits_TE, row_T, None, TOKENS, num_experts, EXPERTS, PARTS)
-                exp_TE = tl.exp2(again * LOG2_E - peak_T[:, None])
-                scores_TE = _scores_as_int(exp_TE, inv_sum_T, bias_E, expert_E, num_experts)
-                # K rounds, hidden from the compiler, which would unroll them into half of the kernel's code.
-                rounds = top_k + tl.minimum(tokens_left, 0)
-                ids_TK = _select_exactly(scores_TE, rounds, num_experts, EXPERTS, SLOTS, TOKENS, PARTS)
-            ids_KT = tl.trans(ids_TK)
+    logits = load_rows(tile_logits_TE, row_T, None, TOKENS, num_experts, EXPERTS, PARTS)
+    counted_T = exists_T
+    if token_mask_T is not None:
+        counted_T = tl.load(token_mask_T + first_token + local_T, mask=exists_T, other=0) != 0
+    peak_T = tl.max(logits, axis=1) * LOG2_E
+    exp_TE = tl.exp2(logits * LOG2_E - peak_T[:, None])
+    sum_T = tl.sum(exp_TE, axis=1)
+    inv_sum_T = 1.0 / sum_T
+    lse2_T = peak_T + tl.log2(sum_T)
+    lse_T = lse2_T * LN_2
+    tl.store(lse_out_T + first_token + local_T, lse_T, mask=exists_T)
 
-        # Slots first: a gather has no contiguous axis, and the compiler then lays out neighbours along the first one.
-        chosen_ptr = tile_logits_TE + (row_T[None, :] * num_experts + ids_KT)
-        chosen_KT = tl.load(chosen_ptr, mask=(slot_K < top_k)[:, None], other=float("-inf"))
-        # Sums over tokens want a thread to hold tokens of one expert. Reading the tile again, from the cache, in that
-        # layout takes a third of the instructions of sums across threads. A row of warps reads eight tokens at a time,
-        # so the tokens of a thread are eight apart, and threads meet for the last eight once, after the last tile.
-        again_ptr = tile_logits_TE + (row_T[:, None] * num_experts + bin_E[None, :])
-        if num_experts < EXPERTS or token_mask_T is not None:
-            inside_TE = counted_T[:, None] & (bin_E < num_experts)[None, :]
-            again_TE = tl.load(again_ptr, mask=inside_TE, other=float("-inf"))
+    if given_ids_TK is not None:
+        ids_TK = tl.load(given_ids_TK + first_row + at_TK, mask=in_TK, other=0).to(tl.int32)
+    else:
+        key_TE = _scores_as_key(exp_TE, inv_sum_T, bias_E, expert_E, num_experts, EXPERTS)
+        if top_k <= 8:
+            key_TK, unsure = _select_by_lists(key_TE, exists_T, top_k, EXPERTS, SLOTS, TOKENS, PARTS)
         else:
-            again_TE = tl.load(again_ptr)
-        counted_lse2_T = tl.where(counted_T, lse2_T, float("inf"))
-        prob_TE = tl.exp2(again_TE * LOG2_E - counted_lse2_T[:, None])
-        prob_8E += tl.sum(tl.reshape(prob_TE, (TOKENS // 8, 8, EXPERTS)), axis=0)
+            key_TK, unsure = _select_by_heads(key_TE, expert_E, exists_T, top_k, EXPERTS, SLOTS, TOKENS)
+        ids_TK = EXPERTS - 1 - (key_TK & (EXPERTS - 1)).to(tl.int32)
+        if tl.max(unsure.to(tl.int32)) != 0:
+            # Read again: the tile's registers are free for the common way.
+            again = load_rows(tile_logits_TE, row_T, None, TOKENS, num_experts, EXPERTS, PARTS)
+            exp_TE = tl.exp2(again * LOG2_E - peak_T[:, None])
+            scores_TE = _scores_as_int(exp_TE, inv_sum_T, bias_E, expert_E, num_experts)
+            # K rounds, hidden from the compiler, which would unroll them into half of the kernel's code.
+            rounds = top_k + tl.minimum(tokens_left, 0)
+            ids_TK = _select_exactly(scores_TE, rounds, num_experts, EXPERTS, SLOTS, TOKENS, PARTS)
 
-        if RENORMALIZE:
-            # Softmax over the chosen logits: the same value, and no 0 / 0 where a replayed choice has become unlikely.
-            chosen_peak_T = tl.max(chosen_KT, axis=0)
-            chosen_exp_KT = tl.exp2((chosen_KT - chosen_peak_T[None, :]) * LOG2_E)
-            weight_KT = chosen_exp_KT / tl.sum(chosen_exp_KT, axis=0)[None, :]
+    chosen_ptr = tile_logits_TE + (row_T[:, None] * num_experts + ids_TK)
+    chosen_TK = tl.load(chosen_ptr, mask=(slot_K < top_k)[None, :], other=float("-inf"))
+    if RENORMALIZE:
+        # Softmax over the chosen logits: the same value, and no 0 / 0 where a replayed or biased choice is unlikely.
+        if given_ids_TK is not None or bias_E is not None:
+            chosen_peak_T = tl.max(chosen_TK, axis=1) * LOG2_E
         else:
-            weight_KT = tl.exp2(chosen_KT * LOG2_E - peak_T[None, :]) * inv_sum_T[None, :]
-        if token_mask_T is not None:
-            weight_KT = tl.where(counted_T[None, :], weight_KT, 0.0)
-        tl.store(expert_ids_TK + first_row + at_KT, ids_KT, mask=in_KT)
-        tl.store(weights_TK + first_row + at_KT, weight_KT, mask=in_KT)
+            chosen_peak_T = peak_T
+        chosen_exp_TK = tl.exp2(chosen_TK * LOG2_E - chosen_peak_T[:, None])
+        weight_TK = chosen_exp_TK / tl.sum(chosen_exp_TK, axis=1)[:, None]
+    else:
+        weight_TK = tl.exp2(chosen_TK * LOG2_E - peak_T[:, None]) * inv_sum_T[:, None]
+    if token_mask_T is not None:
+        weight_TK = tl.where(counted_T[:, None], weight_TK, 0.0)
+    tl.store(expert_ids_TK + first_row + at_TK, ids_TK, mask=in_TK)
+    tl.store(weights_TK + first_row + at_TK, weight_TK, mask=in_TK)
 
+    # Sums over tokens want a thread to hold tokens of one expert. Reading the tile again, from the cache, in that layout
+    # takes a third of the instructions of sums across threads.
+    again_ptr = tile_logits_TE + (row_T[:, None] * num_experts + bin_E[None, :])
+    if num_experts < EXPERTS or token_mask_T is not None:
+        inside_TE = counted_T[:, None] & (bin_E < num_experts)[None, :]
+        again_TE = tl.load(again_ptr, mask=inside_TE, other=float("-inf"))
+    else:
+        again_TE = tl.load(again_ptr)
+    # A masked token may hold anything, NaN included: it is left out, not multiplied by 0.
+    prob_TE = tl.exp2(again_TE * LOG2_E - tl.where(counted_T, lse2_T, float("inf"))[:, None])
+    first_E = tile.to(tl.int64) * EXPERTS
+    tl.store(tile_prob_sums + first_E + bin_E, tl.sum(prob_TE, axis=0))
+    tl.store(tile_z_sums + tile, tl.sum(tl.where(counted_T, lse_T * lse_T, 0.0), axis=0))
+
+    counted_TK = in_TK & counted_T[:, None]
+    first_word = tile.to(tl.int64) * QUADS
+    if given_ids_TK is None:
+        mask_TL, at_TL = _token_masks(ids_TK, counted_TK, EXPERTS, TOKENS)
+        tl.store(tile_masks + first_word + at_TL, mask_TL.to(tl.int32, bitcast=True))
+        count_TL = mask_TL - ((mask_TL >> 1) & 0x55555555)
+        count_TL = (count_TL & 0x33333333) + ((count_TL >> 2) & 0x33333333)
+        count_TL = (count_TL + (count_TL >> 4)) & 0x0F0F0F0F
+        tl.store(tile_counts + first_word + at_TL, count_TL.to(tl.int32, bitcast=True))
+    else:
         # No mask of tl.histogram: the compiler may reorder the rows, and reorders a mask of another layout otherwise.
         # Rows that do not count go to the first bin and are taken off it.
-        counted_KT = in_KT & counted_T[None, :]
-        binned = tl.reshape(tl.where(counted_KT, ids_KT, 0), (TOKENS * SLOTS,))
-        if token_mask_T is not None:
-            counted_tokens = tl.sum(counted_T.to(tl.int32), axis=0)
-        else:
-            counted_tokens = tl.minimum(tokens_left, TOKENS)
-        not_counted = TOKENS * SLOTS - top_k * counted_tokens
+        binned = tl.reshape(tl.where(counted_TK, ids_TK, 0), (TOKENS * SLOTS,))
+        not_counted = TOKENS * SLOTS - top_k * tl.sum(counted_T.to(tl.int32), axis=0)
         count_E = tl.histogram(binned, EXPERTS) - tl.where(bin_E == 0, not_counted, 0)
-        tl.store(tile_counts + tl.cast(tile, tl.int64) * EXPERTS + bin_E, count_E.to(tl.int16))
-        span_count_E += count_E
-        tile_logits_TE += TOKENS * num_experts
-        if AHEAD:
-            logits = next_logits
-
-    own_E = span.to(tl.int64) * EXPERTS + bin_E
-    tl.store(span_counts + own_E, span_count_E.to(tl.int16))
-    tl.store(span_prob_sums + own_E, tl.sum(prob_8E, axis=0))
-    tl.store(span_z_sums + span, tl.sum(z_T, axis=0))
+        word_Q = tl.sum(tl.reshape(count_E, (QUADS, 4)) << (tl.arange(0, 4) * 8)[None, :], axis=1)
+        tl.store(tile_counts + first_word + tl.arange(0, QUADS), word_Q)
 
 
 def _aot_cases() -> list[AotCase]:
-    floats = ("logits_TE", "bias_E", "weights_TK", "lse_out_T", "span_prob_sums", "span_z_sums")
+    floats = ("logits_TE", "bias_E", "weights_TK", "lse_out_T", "tile_prob_sums", "tile_z_sums")
     types = {
         **dict.fromkeys(floats, "*fp32"),
         **{"given_ids_TK": "*u8", "token_mask_T": "*i1", "expert_ids_TK": "*i32"},
-        **{"tile_counts": "*i16", "span_counts": "*i16", "num_tokens": "i32", "span_tiles": "i32"},
+        **{"tile_masks": "*i32", "tile_counts": "*i32", "num_tokens": "i32"},
     }
     cases = []
     for name, E, K, renormalize, absent in (

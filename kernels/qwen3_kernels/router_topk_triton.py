@@ -13,10 +13,12 @@ from torch import Tensor
 from qwen3_kernels import router_topk_backward_triton as backward_triton
 from qwen3_kernels.launch import generation
 from qwen3_kernels.router_topk_place_triton import LAUNCHES as PLACE_LAUNCHES
-from qwen3_kernels.router_topk_place_triton import SUM_EXPERTS, place_kernel
+from qwen3_kernels.router_topk_place_triton import place_kernel
 from qwen3_kernels.router_topk_rows_triton import padded_experts
+from qwen3_kernels.router_topk_scan_triton import LAUNCHES as SCAN_LAUNCHES
+from qwen3_kernels.router_topk_scan_triton import SEGMENTS, TILES, scan_kernel
 from qwen3_kernels.router_topk_select_triton import LAUNCHES as SELECT_LAUNCHES
-from qwen3_kernels.router_topk_select_triton import MAX_SPAN_ROWS, SPANS, padded_slots, select_kernel
+from qwen3_kernels.router_topk_select_triton import padded_slots, select_kernel
 
 MAX_EXPERTS, MAX_TOP_K = 512, 16
 OVERLAP = {90, 100}
@@ -37,47 +39,71 @@ def _route(
     outputs = _outputs(logits_TE, top_k)
     lse_T, expert_ids_TK, weights_TK, counts_E, prob_sum_E, z_sum, order_N, position_TK, offsets_E = outputs
     num_tokens, num_experts = logits_TE.shape
+    if num_tokens == 0:
+        for output in outputs:
+            output.zero_()
+        return outputs
     gpu, experts = generation(logits_TE.device), padded_experts(num_experts)
-    select, place = SELECT_LAUNCHES[gpu, experts], PLACE_LAUNCHES[gpu, experts]
+    select, scan, place = (launches[gpu, experts] for launches in (SELECT_LAUNCHES, SCAN_LAUNCHES, PLACE_LAUNCHES))
     overlap = logits_TE.is_cuda and gpu in OVERLAP
-    tokens = select.blocks["TOKENS"]
-    slots = padded_slots(top_k, select)
+    tokens, slots = select.blocks["TOKENS"], padded_slots(top_k, select)
     num_tiles = triton.cdiv(num_tokens, tokens)
-    span_tiles = max(1, min(triton.cdiv(num_tiles, SPANS), MAX_SPAN_ROWS // (tokens * top_k)))
-    num_spans = triton.cdiv(num_tiles, span_tiles)
-    tile_counts = logits_TE.new_empty((num_tiles, experts), dtype=torch.int16)
-    span_counts = logits_TE.new_empty((num_spans, experts), dtype=torch.int16)
-    span_prob_sums, span_z_sums = logits_TE.new_empty((num_spans, experts)), logits_TE.new_empty(num_spans)
-    if num_tokens:
-        select_kernel[(num_spans,)](
-            logits_TE,
-            bias_E,
-            given_ids_TK,
-            token_mask_T,
-            expert_ids_TK,
-            weights_TK,
-            lse_T,
-            tile_counts,
-            span_counts,
-            span_prob_sums,
-            span_z_sums,
-            num_tokens,
-            span_tiles,
-            num_experts=num_experts,
-            top_k=top_k,
-            RENORMALIZE=renormalize,
-            EXPERTS=experts,
-            SLOTS=slots,
-            PDL=overlap,
-            **select.options(),
-        )
-    place_kernel[(num_spans + triton.cdiv(num_experts, SUM_EXPERTS),)](
+    num_groups = triton.cdiv(num_tiles, TILES)
+    at_once = scan.blocks["GROUPS"]
+    segment_groups = triton.cdiv(num_groups, SEGMENTS * at_once) * at_once
+    tile_counts = logits_TE.new_empty((num_tiles, experts // 4), dtype=torch.int32)
+    tile_masks = torch.empty_like(tile_counts) if given_ids_TK is None else None
+    tile_prob_sums, tile_z_sums = logits_TE.new_empty((num_tiles, experts)), logits_TE.new_empty(num_tiles)
+    group_rows_before = logits_TE.new_empty((num_groups, experts), dtype=torch.int32)
+    segment_counts = logits_TE.new_empty((SEGMENTS, experts), dtype=torch.int32)
+    group_prob_sums, group_z_sums = logits_TE.new_empty((num_groups, experts)), logits_TE.new_empty(num_groups)
+    select_kernel[(num_tiles,)](
+        logits_TE,
+        bias_E,
+        given_ids_TK,
+        token_mask_T,
+        expert_ids_TK,
+        weights_TK,
+        lse_T,
+        tile_masks,
+        tile_counts,
+        tile_prob_sums,
+        tile_z_sums,
+        num_tokens,
+        num_experts=num_experts,
+        top_k=top_k,
+        RENORMALIZE=renormalize,
+        EXPERTS=experts,
+        SLOTS=slots,
+        PDL=overlap,
+        **select.options(),
+    )
+    scan_kernel[(experts // 8 * SEGMENTS + num_groups,)](
+        tile_counts,
+        tile_prob_sums,
+        tile_z_sums,
+        group_rows_before,
+        segment_counts,
+        group_prob_sums,
+        group_z_sums,
+        num_tiles,
+        segment_groups,
+        EXPERTS=experts,
+        TILES=TILES,
+        SEGMENTS=SEGMENTS,
+        PDL=overlap,
+        launch_pdl=overlap,
+        **scan.options(),
+    )
+    place_kernel[(experts // 4 + triton.cdiv(num_tiles, place.blocks["PLACED"]),)](
         expert_ids_TK,
         token_mask_T,
+        tile_masks,
         tile_counts,
-        span_counts.view(torch.int32),
-        span_prob_sums,
-        span_z_sums,
+        group_rows_before,
+        segment_counts,
+        group_prob_sums,
+        group_z_sums,
         counts_E,
         prob_sum_E,
         z_sum,
@@ -85,14 +111,15 @@ def _route(
         position_TK,
         offsets_E,
         num_tokens,
-        num_spans,
-        span_tiles,
+        num_tiles,
+        segment_groups,
         num_experts=num_experts,
         top_k=top_k,
         EXPERTS=experts,
         SLOTS=slots,
         TOKENS=tokens,
-        SUM=SUM_EXPERTS,
+        TILES=TILES,
+        SEGMENTS=SEGMENTS,
         PDL=overlap,
         launch_pdl=overlap,
         **place.options(),

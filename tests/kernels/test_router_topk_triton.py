@@ -16,15 +16,15 @@ EXACT = ("expert_ids_TK", "counts_E", "order_N", "position_TK", "offsets_E")
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    """Eight tokens a tile and three spans in the interpreter, which takes seconds for a tile that ships."""
+def small_groups(monkeypatch):
+    """Four tiles a group, of which programs place two, and two segments of two groups at once, in the interpreter."""
     if torch.cuda.is_available():
         return
-    monkeypatch.setattr(fast, "SPANS", 3)
-    for bucket in list(fast.SELECT_LAUNCHES):
-        select, place = {"TOKENS": 8, "PARTS": 8, "AHEAD": 1}, {"SPANS": 8, "TILES": 2}
-        monkeypatch.setitem(fast.SELECT_LAUNCHES, bucket, Launch(select, num_warps=1, num_stages=1))
-        monkeypatch.setitem(fast.PLACE_LAUNCHES, bucket, Launch(place, num_warps=1, num_stages=1))
+    monkeypatch.setattr(fast, "TILES", 4)
+    monkeypatch.setattr(fast, "SEGMENTS", 2)
+    for bucket in list(fast.PLACE_LAUNCHES):
+        monkeypatch.setitem(fast.SCAN_LAUNCHES, bucket, Launch({"GROUPS": 2}, num_warps=1, num_stages=1))
+        monkeypatch.setitem(fast.PLACE_LAUNCHES, bucket, Launch({"PLACED": 2}, num_warps=1, num_stages=1))
 
 
 @contextlib.contextmanager
@@ -159,27 +159,17 @@ def test_a_gradient_of_one_output_alone(output):
 
 @cpu_only
 @pytest.mark.parametrize("replay", [False, True])
-def test_more_spans_than_are_read_at_once(monkeypatch, replay):
-    """Spans so short that there are ten, eight of which the second launch reads at a time."""
-    monkeypatch.setattr(fast, "MAX_SPAN_ROWS", 16)
-    logits_TE = logits_with_ties(77, 20)
+def test_more_groups_than_are_scanned_at_once(replay):
+    """Seven groups: two segments, of two rounds each."""
+    logits_TE = logits_with_ties(203, 20)
     assert_equals_reference(logits_TE, 2, **arguments(logits_TE, 2, mask=True, replay=replay))
 
 
 @cpu_only
-@pytest.mark.parametrize("experts", [128])
-def test_the_launches_that_ship(monkeypatch, experts):
+def test_the_launches_that_ship(monkeypatch):
     monkeypatch.undo()
-    logits_TE = logits_with_ties(67, experts)
+    logits_TE = logits_with_ties(67, 128)
     assert_equals_reference(logits_TE, 8, **arguments(logits_TE, 8, mask=True))
-
-
-@cpu_only
-@pytest.mark.parametrize("ahead, parts", [(0, 8), (1, 4), (0, 4)])
-def test_other_ways_to_load(monkeypatch, ahead, parts):
-    select = Launch({"TOKENS": 8, "PARTS": parts, "AHEAD": ahead}, num_warps=1, num_stages=1)
-    monkeypatch.setitem(fast.SELECT_LAUNCHES, (90, 128), select)
-    assert_equals_reference(logits_with_ties(30, 128), 8)
 
 
 @cpu_only
