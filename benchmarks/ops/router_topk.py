@@ -64,7 +64,7 @@ OPERATION = Operation(
     name="router_topk",
     shapes={
         "tiny": TINY,
-        # Experts are padded to 128, 256 or 512 and slots to 8 or 16; beyond 16,384 tokens a program has several tiles.
+        # Experts are padded to 128, 256 or 512 and slots to 8 or 16; beyond 32,768 tokens a scan takes several rounds.
         "check_256_experts": {"T": 65, "E": 200, "K": 8},
         "check_512_experts": {"T": 65, "E": 512, "K": 16},
         "check_many": {"T": 33000, "E": 128, "K": 8},

@@ -1,7 +1,10 @@
 """Third launch of the routing: where every row stands among the rows sorted by expert.
 
 A program is one warp and places the rows of ``PLACED`` tiles. It counts what precedes them in their group while the
-second launch still scans the groups. The first programs add up the sums of all groups for four experts each.
+second launch still scans the groups: what the first launch wrote is complete before that one lets this one start. The
+first programs add up the sums of all groups for four experts each.
+
+What takes time are the 4-byte writes to ``order_N``, each to another sector of memory: 3.1 us for 262,144 on an H200.
 
 Legend: T tokens, E experts, K experts per token, N = T * K routed rows; a tile is ``TOKENS`` consecutive tokens, a
 group ``TILES`` consecutive tiles, a quad four consecutive experts, whose counts in a tile are the bytes of one word.
@@ -14,7 +17,9 @@ from triton.language.extra.cuda import gdc_wait
 from qwen3_kernels.launch import AotCase, Launch
 from qwen3_kernels.router_topk_rows_triton import padded_experts
 from qwen3_kernels.router_topk_scan_triton import SEGMENTS, TILES, bytes_apart, counts_apart
+from qwen3_kernels.router_topk_select_triton import TILE_TOKENS
 
+# Tiles one after the other in a thread's registers.
 LAUNCHES = {
     (gpu, experts): Launch({"PLACED": 512 // experts}, 1, 1) for gpu in (80, 90, 100) for experts in (128, 256, 512)
 }
@@ -122,7 +127,7 @@ def place_kernel(
         if token_mask_T is not None:
             counted = tl.load(token_mask_T + first_token + token, mask=exists, other=0) != 0
 
-        # Words of tiles that precede these in their group. A tile has at most 128 rows, a group 2,048.
+        # Rows of each expert before a tile in its group: 16 bits hold the 2,048 rows of a group.
         first_in_group = first_tile % TILES
         in_group_G = tl.arange(0, TILES)
         first_word = tl.cast(first_tile, tl.int64) * QUADS
@@ -146,11 +151,12 @@ def place_kernel(
             rank = tl.zeros((PLACED, ROWS), tl.int32)
             for other in range(TOKENS * top_k):
                 other_token_S = placed_S * TOKENS + other // top_k
-                inside_S = other_token_S < num_tokens - first_token
-                other_S = tl.load(expert_ids_TK + first_row + placed_S * (TOKENS * top_k) + other, mask=inside_S, other=-1)
+                other_inside_S = other_token_S < num_tokens - first_token
+                other_ptr = expert_ids_TK + first_row + placed_S * (TOKENS * top_k) + other
+                other_S = tl.load(other_ptr, mask=other_inside_S, other=-1)
                 if token_mask_T is not None:
-                    other_counted_S = tl.load(token_mask_T + first_token + other_token_S, mask=inside_S, other=0) != 0
-                    other_S = tl.where(other_counted_S, other_S, -1)
+                    mask_ptr = token_mask_T + first_token + other_token_S
+                    other_S = tl.where(tl.load(mask_ptr, mask=other_inside_S, other=0) != 0, other_S, -1)
                 later = (in_tile_R * top_k + row_R % SLOTS > other)[None, :]
                 rank += ((expert == other_S[:, None]) & later).to(tl.int32)
 
@@ -194,10 +200,11 @@ def _aot_cases() -> list[AotCase]:
         ("e512_k16", 512, 16, 16, {"token_mask_T": None}),
     ):
         experts = padded_experts(E)
-        shape = {"num_experts": E, "top_k": K, "EXPERTS": experts, "SLOTS": slots, "TOKENS": 8, "TILES": TILES, "SEGMENTS": SEGMENTS}
+        shape = {"num_experts": E, "top_k": K, "EXPERTS": experts, "SLOTS": slots}
+        tiles = {"TOKENS": TILE_TOKENS, "TILES": TILES, "SEGMENTS": SEGMENTS}
         for gpu in (80, 90, 100):
             label = f"router_topk_place_{name}_sm{gpu}"
-            constexprs = {**shape, **absent, "PDL": gpu >= 90}
+            constexprs = {**shape, **tiles, **absent, "PDL": gpu >= 90}
             cases.append(AotCase(label, place_kernel, types, constexprs, LAUNCHES[gpu, experts], (gpu,)))
     return cases
 

@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from qwen3_kernels.launch import AotCase, Launch
 
 TILES, SEGMENTS = 16, 8
-"""Tiles of a group, segments of the scan: T = 32,768 is 256 groups, one for each lane of the warps that scan an expert."""
+"""Tiles of a group, and segments: at T = 32,768 every thread of a segment's warp scans one group."""
 LAUNCHES = {(gpu, experts): Launch({"GROUPS": 32}, 1, 1) for gpu in (80, 90, 100) for experts in (128, 256, 512)}
 
 
@@ -77,7 +77,14 @@ def _scan(
 
 @triton.jit
 def _sum(
-    group, tile_prob_sums, tile_z_sums, group_prob_sums, group_z_sums, num_tiles, EXPERTS: tl.constexpr, TILES: tl.constexpr
+    group,
+    tile_prob_sums,
+    tile_z_sums,
+    group_prob_sums,
+    group_z_sums,
+    num_tiles,
+    EXPERTS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     expert_E = tl.arange(0, EXPERTS)
     in_group_S = tl.arange(0, TILES)

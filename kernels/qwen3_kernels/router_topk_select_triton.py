@@ -1,12 +1,12 @@
-"""First launch of the routing: of every token the softmax, the k largest and their weights, of every span of tokens the
-counts and partial sums.
+"""First launch of the routing: of every token the softmax, the k largest and their weights; of every tile of tokens
+which chose each expert, and partial sums.
 
-The choice works on integers. A key holds a score without its last bits and below it the expert, so keys of a token are
-distinct, one maximum gives both, and equal scores go to the lower id. Where two keys that must be told apart agree in
-the kept bits of the score, the tile is done again by all bits: one tile in 1,000 on random logits, all on equal ones.
+The choice works on integers. A key holds a score and below it the expert, so keys of a token are distinct, one maximum
+gives both, and equal scores go to the lower id. Where two keys that must be told apart agree in the score, which has
+lost its last bits, the tile is done again by all bits: rare on random logits, always on equal ones.
 
-Legend: T tokens, E experts, K experts per token; a tile is ``TOKENS`` consecutive tokens, a span the consecutive tiles
-of one program.
+Legend: T tokens, E experts, K experts per token, L lists of 32 experts, one a thread; a tile is the ``TOKENS``
+consecutive tokens of one program.
 """
 
 import triton
@@ -17,12 +17,13 @@ from qwen3_kernels.launch import AotCase, Launch
 from qwen3_kernels.router_topk_lists_triton import merge, merged_neighbours, sorted_eights
 from qwen3_kernels.router_topk_rows_triton import LN_2, LOG2_E, expert_of_column, load_rows, padded_experts
 
-TOKENS = 8
+TILE_TOKENS = 8
 """Tokens of a tile: the bits of a byte."""
-# 32 probabilities a thread: at E = 128 a token is in four threads and a program is one warp, in which nothing waits for
-# other warps. Limited to 128 registers, a thread takes 80; left alone, it takes 64 and 0.7 us more.
+# Eight parts of a row are 32 columns a thread: at E = 128 a token is in four threads and a program is one warp, in
+# which nothing waits for other warps. Limited to 128 registers, a thread takes 80; left alone, 64, and the launch takes
+# 0.7 us more.
 LAUNCHES = {
-    (gpu, experts): Launch({"TOKENS": TOKENS, "PARTS": 8}, experts // 128, 1, max_registers=128)
+    (gpu, experts): Launch({"PARTS": 8}, experts // 128, 1, max_registers=128)
     for gpu in (80, 90, 100)
     for experts in (128, 256, 512)
 }
@@ -30,7 +31,7 @@ LAUNCHES = {
 
 def padded_slots(top_k: int, select: Launch) -> int:
     """K as 8 or 16, and a row for every thread, since ``tl.histogram`` may count replicated rows twice."""
-    return max(8 if top_k <= 8 else 16, 32 * select.num_warps // select.blocks["TOKENS"])
+    return max(8 if top_k <= 8 else 16, 32 * select.num_warps // TILE_TOKENS)
 
 
 @triton.jit
@@ -50,9 +51,9 @@ def _scores_as_int(exp_TE, inv_sum_T, bias_E, expert_E, num_experts: tl.constexp
 def _scores_as_key(exp_TE, inv_sum_T, bias_E, expert_E, num_experts: tl.constexpr, EXPERTS: tl.constexpr):
     """[TOKENS, EXPERTS] uint32 whose low bits are free for the expert."""
     if bias_E is None:
-        # Added to exponentials, at most 1, the floor leaves so few exponents that a shift by the bits of an expert takes
-        # off what is the same in all. Smaller scores lose precision, not their order. Columns without an expert have
-        # 0, like the least likely experts, and are beyond choice, or not to be told from those.
+        # A number added to exponentials, which are at most 1, leaves one, two or four exponents: a shift by the bits of
+        # an expert takes off what is the same in all. Small scores lose bits, not their order. Columns without an
+        # expert have 0, like the least likely experts, and are beyond choice, or not to be told from those.
         if EXPERTS == 128:
             key_TE = (exp_TE + 0.125).to(tl.uint32, bitcast=True) * EXPERTS
         elif EXPERTS == 256:
@@ -82,8 +83,7 @@ def _select_by_lists(
     first_E = expert_of_column(EXPERTS, tl.arange(0, EXPERTS) % (4 * PARTS), PARTS)
     key_TE = key_TE | (EXPERTS - 4 * LISTS + 3 - first_E)[None, :].to(tl.uint32)
     a, b, c, d, e, f, g, h = sorted_eights(key_TE, TOKENS, EXPERTS)
-    if PARTS == 8:
-        a, b, c, d, e, f, g, h = merged_neighbours(a, b, c, d, e, f, g, h, TOKENS, LISTS * 2)
+    a, b, c, d, e, f, g, h = merged_neighbours(a, b, c, d, e, f, g, h, TOKENS, LISTS * 2)
     a, b, c, d, e, f, g, h = merged_neighbours(a, b, c, d, e, f, g, h, TOKENS, LISTS)
     thread = ((LISTS - 1 - tl.arange(0, LISTS)) * 4)[None, :].to(tl.uint32)
     a, b, c, d = a | thread, b | thread, c | thread, d | thread
@@ -172,7 +172,7 @@ def _select_exactly(
 
 @triton.jit
 def _swap(word_TL, partner_TL, upper, MASK: tl.constexpr, SHIFT: tl.constexpr):
-    """One step of a transposition of bits: of two lanes the lower one gives its upper bits for the other's lower ones."""
+    """One step of a transposition of bits: of two threads the lower gives its upper bits for the other's lower ones."""
     return tl.where(
         upper,
         ((partner_TL >> SHIFT) & MASK) | (word_TL & (0xFFFFFFFF - MASK)),
@@ -182,8 +182,8 @@ def _swap(word_TL, partner_TL, upper, MASK: tl.constexpr, SHIFT: tl.constexpr):
 
 @triton.jit
 def _token_masks(ids_TK, counted_TK, EXPERTS: tl.constexpr, TOKENS: tl.constexpr):
-    """Which tokens of a tile chose each expert: words [TOKENS, LISTS] whose bytes are four consecutive experts, a bit for
-    each of eight tokens, and where each word belongs among those of all experts.
+    """Which tokens of a tile chose each expert: words [TOKENS, LISTS] whose bytes are four consecutive experts, a bit
+    for each of eight tokens, and where each word belongs among those of all experts.
 
     A thread sets the bits of one token's experts, and five exchanges of bits between threads turn bits of experts into
     bits of tokens.
@@ -281,10 +281,9 @@ def select_kernel(
     chosen_TK = tl.load(chosen_ptr, mask=(slot_K < top_k)[None, :], other=float("-inf"))
     if RENORMALIZE:
         # Softmax over the chosen logits: the same value, and no 0 / 0 where a replayed or biased choice is unlikely.
+        chosen_peak_T = peak_T
         if given_ids_TK is not None or bias_E is not None:
             chosen_peak_T = tl.max(chosen_TK, axis=1) * LOG2_E
-        else:
-            chosen_peak_T = peak_T
         chosen_exp_TK = tl.exp2(chosen_TK * LOG2_E - chosen_peak_T[:, None])
         weight_TK = chosen_exp_TK / tl.sum(chosen_exp_TK, axis=1)[:, None]
     else:
@@ -294,8 +293,8 @@ def select_kernel(
     tl.store(expert_ids_TK + first_row + at_TK, ids_TK, mask=in_TK)
     tl.store(weights_TK + first_row + at_TK, weight_TK, mask=in_TK)
 
-    # Sums over tokens want a thread to hold tokens of one expert. Reading the tile again, from the cache, in that layout
-    # takes a third of the instructions of sums across threads.
+    # Sums over tokens want a thread to hold tokens of one expert. Reading the tile again, from the cache, in that
+    # layout takes a third of the instructions of sums across threads.
     again_ptr = tile_logits_TE + (row_T[:, None] * num_experts + bin_E[None, :])
     if num_experts < EXPERTS or token_mask_T is not None:
         inside_TE = counted_T[:, None] & (bin_E < num_experts)[None, :]
@@ -347,10 +346,10 @@ def _aot_cases() -> list[AotCase]:
         for gpu in (80, 90, 100):
             launch = LAUNCHES[gpu, padded_experts(E)]
             shape = {"num_experts": E, "top_k": K, "EXPERTS": padded_experts(E), "SLOTS": padded_slots(K, launch)}
-            constexprs = {**shape, **dict.fromkeys(absent), "RENORMALIZE": renormalize, "PDL": gpu >= 90}
+            others = {"RENORMALIZE": renormalize, "TOKENS": TILE_TOKENS, "PDL": gpu >= 90}
+            constexprs = {**shape, **others, **dict.fromkeys(absent)}
             label = f"router_topk_select_{name}_sm{gpu}"
-            spills = {"e128_k8_masked_bias": 24, "e512_k16_masked": 96}.get(name, 0)
-            cases.append(AotCase(label, select_kernel, types, constexprs, launch, (gpu,), max_spill_bytes=spills))
+            cases.append(AotCase(label, select_kernel, types, constexprs, launch, (gpu,)))
     return cases
 
 

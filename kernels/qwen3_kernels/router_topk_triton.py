@@ -1,7 +1,10 @@
-"""Top-k routing in two launches forward and one backward, without a host sync or a float atomic.
+"""Top-k routing in three launches forward and one backward, without a host sync or a float atomic.
 
-1. ``select_kernel``, one program a span of tokens: softmax, the k largest, weights, the span's counts and partial sums.
-2. ``place_kernel``, one program a span: counts of all spans say where its rows start, small sorts find each row's rank.
+1. ``select_kernel``, one program a tile of eight tokens: softmax, the k largest, weights; as bits which tokens chose
+   each expert; partial sums.
+2. ``scan_kernel``: rows of each expert before every group of tiles.
+3. ``place_kernel``, one program a few tiles: a row's place is where its expert starts, and the expert's rows in earlier
+   groups, tiles and tokens. The last two are counted while the second launch runs.
 
 Legend: T tokens, E experts, K experts per token, N = T * K routed rows.
 """
@@ -18,7 +21,7 @@ from qwen3_kernels.router_topk_rows_triton import padded_experts
 from qwen3_kernels.router_topk_scan_triton import LAUNCHES as SCAN_LAUNCHES
 from qwen3_kernels.router_topk_scan_triton import SEGMENTS, TILES, scan_kernel
 from qwen3_kernels.router_topk_select_triton import LAUNCHES as SELECT_LAUNCHES
-from qwen3_kernels.router_topk_select_triton import padded_slots, select_kernel
+from qwen3_kernels.router_topk_select_triton import TILE_TOKENS, padded_slots, select_kernel
 
 MAX_EXPERTS, MAX_TOP_K = 512, 16
 OVERLAP = {90, 100}
@@ -44,10 +47,10 @@ def _route(
             output.zero_()
         return outputs
     gpu, experts = generation(logits_TE.device), padded_experts(num_experts)
-    select, scan, place = (launches[gpu, experts] for launches in (SELECT_LAUNCHES, SCAN_LAUNCHES, PLACE_LAUNCHES))
+    select, scan, place = (table[gpu, experts] for table in (SELECT_LAUNCHES, SCAN_LAUNCHES, PLACE_LAUNCHES))
     overlap = logits_TE.is_cuda and gpu in OVERLAP
-    tokens, slots = select.blocks["TOKENS"], padded_slots(top_k, select)
-    num_tiles = triton.cdiv(num_tokens, tokens)
+    slots = padded_slots(top_k, select)
+    num_tiles = triton.cdiv(num_tokens, TILE_TOKENS)
     num_groups = triton.cdiv(num_tiles, TILES)
     at_once = scan.blocks["GROUPS"]
     segment_groups = triton.cdiv(num_groups, SEGMENTS * at_once) * at_once
@@ -75,6 +78,7 @@ def _route(
         RENORMALIZE=renormalize,
         EXPERTS=experts,
         SLOTS=slots,
+        TOKENS=TILE_TOKENS,
         PDL=overlap,
         **select.options(),
     )
@@ -117,7 +121,7 @@ def _route(
         top_k=top_k,
         EXPERTS=experts,
         SLOTS=slots,
-        TOKENS=tokens,
+        TOKENS=TILE_TOKENS,
         TILES=TILES,
         SEGMENTS=SEGMENTS,
         PDL=overlap,
