@@ -124,7 +124,8 @@ def transformers_step(config: ModelConfig, batch: Batch, device: torch.device, l
 
 
 def torchtitan_step(config: ModelConfig, batch: Batch, device: torch.device) -> Callable[[], Tensor]:
-    """torchtitan's Qwen3 with its own attention (cuDNN first), grouped products, and its own way to compile.
+    """torchtitan's Qwen3 (0.2; 0.3 has another interface): its attention (cuDNN first), grouped products and own way to
+    compile.
 
     Without its balance by a bias, which belongs to the optimizer.
     """

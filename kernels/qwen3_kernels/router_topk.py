@@ -17,7 +17,7 @@ class Routing(NamedTuple):
     """
 
     expert_ids_TK: Tensor
-    """int32, by falling probability; ties go to the lower id."""
+    """int32, by falling logit, or probability and bias where there is one; equal ones by rising id."""
     weights_TK: Tensor
     """float32, differentiable."""
     counts_E: Tensor

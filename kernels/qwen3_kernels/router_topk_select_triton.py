@@ -2,8 +2,8 @@
 which chose each expert, and partial sums.
 
 The choice works on integers. A key holds a score and below it the expert, so keys of a token are distinct, one maximum
-gives both, and equal scores go to the lower id. Where two keys that must be told apart agree in the score, which has
-lost its last bits, the tile is done again by all bits: rare on random logits, always on equal ones.
+gives both, and equal scores go to the lower id. Where two scores that must be told apart are so close that their
+rounding may have changed their order, the tile is done again by logits: one tile in 2,000 of random logits.
 
 Legend: T tokens, E experts, K experts per token, L lists of 32 experts, one a thread; a tile is the ``TOKENS``
 consecutive tokens of one program.
@@ -34,17 +34,22 @@ def padded_slots(top_k: int, select: Launch) -> int:
     return max(8 if top_k <= 8 else 16, 32 * select.num_warps // TILE_TOKENS)
 
 
+# The approximate exponential is off by 2^-22.5 at most, and scores are rounded once more: at most five units of a key's
+# score together.
+_CLOSE = tl.constexpr(8)
+
+
 @triton.jit
-def _scores_as_int(exp_TE, inv_sum_T, bias_E, expert_E, num_experts: tl.constexpr):
-    """What the choice is made by, as signed integers of the same order."""
-    if bias_E is None:
-        # The row's sum divides all of them, so exponentials and probabilities have one order; none is negative.
-        bits_TE = exp_TE.to(tl.int32, bitcast=True)
-    else:
-        bias = tl.load(bias_E + expert_E, mask=expert_E < num_experts, other=0.0)
-        bits_TE = (exp_TE * inv_sum_T[:, None] + bias[None, :]).to(tl.int32, bitcast=True)
-        bits_TE = tl.where(bits_TE < 0, bits_TE ^ 0x7FFFFFFF, bits_TE)
-    return bits_TE
+def _biased(exp_TE, inv_sum_T, bias_E, expert_E, num_experts: tl.constexpr):
+    bias = tl.load(bias_E + expert_E, mask=expert_E < num_experts, other=0.0)
+    return exp_TE * inv_sum_T[:, None] + bias[None, :]
+
+
+@triton.jit
+def _as_int(scores_TE):
+    """Signed integers of the same order; 0.0 makes one zero of two. None is the least one, NaN included."""
+    bits_TE = (scores_TE + 0.0).to(tl.int32, bitcast=True)
+    return tl.maximum(tl.where(bits_TE < 0, bits_TE ^ 0x7FFFFFFF, bits_TE), -0x7FFFFFFF)
 
 
 @triton.jit
@@ -61,7 +66,7 @@ def _scores_as_key(exp_TE, inv_sum_T, bias_E, expert_E, num_experts: tl.constexp
         else:
             key_TE = (exp_TE * (1.0 - 2.0**-22) + 1.0).to(tl.uint32, bitcast=True) * EXPERTS
     else:
-        scores_TE = _scores_as_int(exp_TE, inv_sum_T, bias_E, expert_E, num_experts)
+        scores_TE = _as_int(_biased(exp_TE, inv_sum_T, bias_E, expert_E, num_experts))
         key_TE = scores_TE.to(tl.uint32, bitcast=True) ^ 0x80000000
         key_TE = tl.where((expert_E < num_experts)[None, :], key_TE & (0xFFFFFFFF - (EXPERTS - 1)), 0)
     return key_TE
@@ -89,10 +94,10 @@ def _select_by_lists(
     a, b, c, d = a | thread, b | thread, c | thread, d | thread
     e, f, g, h = e | thread, f | thread, g | thread, h | thread
     best = tl.reduce((a, b, c, d, e, f, g, h), 1, merge)
-    # Neighbours in rank that agree in the kept bits may stand in the wrong order.
+    # Close neighbours in rank may stand in the wrong order.
     close_T = tl.zeros((TOKENS,), tl.int1)
     for k in tl.static_range(min(top_k, 7)):
-        close_T = close_T | ((best[k] ^ best[k + 1]) < EXPERTS)
+        close_T = close_T | (best[k] - best[k + 1] < _CLOSE * EXPERTS)
     unsure = tl.broadcast_to(close_T[:, None], (TOKENS, LISTS))
     if top_k == 8:
         # So may the eighth and the next below it, in a thread's eight or among those that its list dropped. What is not
@@ -102,7 +107,7 @@ def _select_by_lists(
         e, f, g, below = last - 1 - e, last - 1 - f, last - 1 - g, last - 1 - h
         a, b, c, d = tl.minimum(a, b), tl.minimum(c, d), tl.minimum(e, f), tl.minimum(g, below)
         gap = tl.minimum(tl.minimum(a, b), tl.minimum(c, d))
-        unsure = unsure | (gap < (last & (EXPERTS - 1))) | (h >= last)
+        unsure = unsure | (gap < _CLOSE * EXPERTS) | (h >= last)
     unsure = unsure & exists_T[:, None]
     if SLOTS == 8:
         even = tl.join(tl.join(best[0], best[4]), tl.join(best[2], best[6]))
@@ -135,7 +140,7 @@ def _select_by_heads(
         c, d = tl.where(hit, d, c), tl.where(hit, e, d)
         e, f = tl.where(hit, f, e), tl.where(hit, g, f)
         g, h = tl.where(hit, h, g), tl.where(hit, 0, h)
-    unsure_TK = (exists_T[:, None] & (slot_K < top_k)[None, :]) & ((key_TK ^ next_TK) < EXPERTS)
+    unsure_TK = (exists_T[:, None] & (slot_K < top_k)[None, :]) & (key_TK - next_TK < _CLOSE * EXPERTS)
     return key_TK, unsure_TK
 
 
@@ -271,11 +276,11 @@ def select_kernel(
         if tl.max(unsure.to(tl.int32)) != 0:
             # Read again: the tile's registers are free for the common way.
             again = load_rows(tile_logits_TE, row_T, None, TOKENS, num_experts, EXPERTS, PARTS)
-            exp_TE = tl.exp2(again * LOG2_E - peak_T[:, None])
-            scores_TE = _scores_as_int(exp_TE, inv_sum_T, bias_E, expert_E, num_experts)
+            if bias_E is not None:
+                again = _biased(tl.exp2(again * LOG2_E - peak_T[:, None]), inv_sum_T, bias_E, expert_E, num_experts)
             # K rounds, hidden from the compiler, which would unroll them into half of the kernel's code.
             rounds = top_k + tl.minimum(tokens_left, 0)
-            ids_TK = _select_exactly(scores_TE, rounds, num_experts, EXPERTS, SLOTS, TOKENS, PARTS)
+            ids_TK = _select_exactly(_as_int(again), rounds, num_experts, EXPERTS, SLOTS, TOKENS, PARTS)
 
     chosen_ptr = tile_logits_TE + (row_T[:, None] * num_experts + ids_TK)
     chosen_TK = tl.load(chosen_ptr, mask=(slot_K < top_k)[None, :], other=float("-inf"))

@@ -108,11 +108,11 @@ def test_features_equal_the_reference(features, renormalize):
 
 @cpu_only
 def test_scores_that_differ_in_the_last_bit_keep_their_order():
-    """Keys drop the last bits of a score, and among equal keys the lower id would win: in the choice, at its end."""
+    """Scores are rounded, and among equal ones the lower id would win: in the choice, at its end."""
     logits_TE = torch.full((40, 128), -3.0)
     below_one = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
     logits_TE[:, [3, 90]] = torch.tensor([below_one, 1.0])
-    logits_TE[:, [7, 110]] = torch.tensor([0.5 - 2**-20, 0.5])
+    logits_TE[:, [7, 110]] = torch.nextafter(torch.tensor(0.5), torch.tensor([0.0, 1.0]))
     with implementation("triton"):
         routing = router_topk(logits_TE, 3)
     assert routing.expert_ids_TK.tolist() == [[90, 3, 110]] * 40
@@ -130,6 +130,19 @@ def test_garbage_in_masked_tokens_reaches_nothing(name):
         assert torch.equal(getattr(routing, field), getattr(clean, field)), field
     assert torch.equal(grad, clean_grad)
     assert routing.expert_ids_TK.min() >= 0 and routing.expert_ids_TK.max() < 16
+
+
+@cpu_only
+@pytest.mark.parametrize("garbage", [float("nan"), -float("nan"), float("-inf")])
+def test_garbage_that_counts_leaves_a_permutation(garbage):
+    """What is computed from it is lost, but its rows have places of their own: nothing is read outside of memory."""
+    logits_TE = torch.randn(40, 16)
+    logits_TE[3], logits_TE[5, 2:14], logits_TE[20, 7] = garbage, garbage, garbage
+    with implementation("triton"):
+        routing = router_topk(logits_TE, 4)
+    assert all(len(set(ids)) == 4 for ids in routing.expert_ids_TK.tolist())
+    assert sorted(routing.order_N.tolist()) == list(range(160))
+    assert torch.equal(routing.order_N[routing.position_TK.flatten().long()], torch.arange(160, dtype=torch.int32))
 
 
 @cpu_only
@@ -174,7 +187,7 @@ def test_the_launches_that_ship(monkeypatch):
 
 @cpu_only
 def test_peaked_scores_keep_their_order():
-    """Scores below 2^-7 of the largest lose bits of their keys, and most of a token's here are far below."""
+    """Most probabilities of a token are 0 here."""
     assert_equals_reference(torch.linspace(-300.0, 300.0, 100).repeat(9, 1)[:, torch.randperm(100)], 8)
 
 
@@ -217,6 +230,20 @@ def test_real_shapes_equal_the_reference(tokens, experts, top_k):
     upstream = upstream_of(logits_TE, top_k)
     ours = both_ways("triton", logits_TE, top_k, upstream)
     assert_same(ours, both_ways("reference", logits_TE, top_k, upstream), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("experts, top_k", [(128, 8), (512, 16), (256, 4)])
+def test_close_scores_keep_their_order(experts, top_k):
+    """A million tokens, most of which have logits that differ in the last bits only."""
+    for _ in range(8):
+        base_TE = torch.randn(131072, experts // 2, device="cuda").repeat(1, 2)
+        steps_TE = torch.randint(0, 4, base_TE.shape, device="cuda", dtype=torch.int32)
+        logits_TE = (base_TE.view(torch.int32) + steps_TE).view(torch.float32)
+        with implementation("triton"):
+            ids_TK = router_topk(logits_TE, top_k).expert_ids_TK
+        with implementation("reference"):
+            assert torch.equal(ids_TK, router_topk(logits_TE, top_k).expert_ids_TK)
 
 
 @pytest.mark.gpu
