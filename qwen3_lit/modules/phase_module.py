@@ -21,6 +21,7 @@ from qwen3_lit.data.batch import PackedBatch
 from qwen3_lit.data.tokenizer import TextTokenizer, check_tokenizer_fits
 from qwen3_lit.distributed.fsdp2_strategy import FSDP2Strategy, loss_scale
 from qwen3_lit.distributed.gradients import NormWatch, clip_gradients, scale_gradients
+from qwen3_lit.distributed.process_group import leave_at_exit
 from qwen3_lit.distributed.rng import collect_rng_state, restore_rng_state
 from qwen3_lit.errors import UserError
 from qwen3_lit.losses.language_model import language_model_loss
@@ -176,6 +177,8 @@ class PhaseModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse a tokenizer that does not fit the model before anything runs."""
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+            leave_at_exit()
         check_tokenizer_fits(self.tokenizer, self.config.vocab_size, self.init_from)
 
     def run_model(self, batch: PackedBatch, **options: Any) -> ModelOutput:
