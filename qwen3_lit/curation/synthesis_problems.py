@@ -23,6 +23,9 @@ PROBLEM_OPTIONS = ("style", "unique")
 _PATIENCE = 2_000
 """Draws in a row that may be repeated or foreign before a task counts as exhausted."""
 _STREAM_LENGTH = 2**40
+_PART_LENGTH = 500
+_IN_PARTS = frozenset({"acre", "gsm_symbolic", "list_functions", "pool_matrix", "word_ladder"})
+"""Tasks whose data sets make lists of their whole length at first, or refuse a long one or a long seed."""
 
 SHORT_QUESTIONS: dict[str, str] = {
     "basic_arithmetic": "What is {expression}?",
@@ -84,17 +87,25 @@ def entry_stream(request: SynthesisRequest, task: str) -> Callable[[], dict[str,
         digits = _factor_digits(options["digits"])
         rng = stream("problems", task, request.split, request.seed)
         return lambda: product_entry(rng, digits)
+
+    in_parts = task in _IN_PARTS
+    length = _PART_LENGTH if in_parts else _STREAM_LENGTH
+
+    def part(number: int) -> Any:
+        seed = stream_seed("problems", task, request.split, request.seed, *((number,) if in_parts else ()))
+        return reasoning_gym.create_dataset(task, seed=seed % 2**31 if in_parts else seed, size=length, **options)
+
     try:
-        dataset = reasoning_gym.create_dataset(
-            task, seed=stream_seed("problems", task, request.split, request.seed), size=_STREAM_LENGTH, **options
-        )
+        dataset = part(0)
     except (AssertionError, TypeError, ValueError) as error:
         raise UserError(f"task {task} refuses its options {options}: {error}") from error
     index = 0
 
     def draw() -> dict[str, Any]:
-        nonlocal index
-        entry = dataset[index]
+        nonlocal dataset, index
+        if index and index % length == 0:
+            dataset = part(index // length)
+        entry = dataset[index % length]
         index += 1
         return entry
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen3_lit.errors import UserError
-from qwen3_lit.rl.rollout import Rollout, RolloutBatch, to_packed
+from qwen3_lit.rl.rollout import Rollout
 
 log = logging.getLogger(__name__)
 
@@ -89,28 +89,6 @@ def split_micro_batches(
         if parts is not None:
             return [[rollouts[index] for index in part] for part in parts]
         count += 1
-
-
-def pack_rollouts(
-    rollouts: Sequence[Rollout],
-    token_budget: int,
-    *,
-    mask_truncated: bool = True,
-    max_documents: int | None = None,
-    pad_rows: bool = False,
-    pad_token_id: int = 0,
-) -> list[RolloutBatch]:
-    """Rollouts as packed rows of at most `token_budget` tokens; with `pad_rows` of exactly that many."""
-    return [
-        to_packed(
-            part,
-            mask_truncated=mask_truncated,
-            num_tokens=token_budget if pad_rows else None,
-            max_documents=max_documents,
-            pad_token_id=pad_token_id,
-        )
-        for part in split_micro_batches(rollouts, token_budget, max_documents=max_documents)
-    ]
 
 
 class RolloutBuffer:

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen3_lit.curation import synthesis_problems
 from qwen3_lit.curation.synthesis import KINDS, SynthesisRequest, parse_options, synthesize, synthesize_to_file
 from qwen3_lit.curation.synthesis_problems import check_scorer, query_text
 from qwen3_lit.curation.synthesis_split import normalized_text, split_of, stream_seed
@@ -96,6 +97,14 @@ def test_a_task_whose_scorer_cannot_tell_right_from_wrong_is_refused() -> None:
     (halting,) = synthesize("problems", SynthesisRequest(count=1, tasks=("game_of_life_halting",)))
     with pytest.raises(UserError, match="task game_of_life_halting: its scorer counts the answer '\\?' as right"):
         check_scorer(halting | {"answer": "?"}, None)
+
+
+@pytest.mark.parametrize("task", sorted(synthesis_problems._IN_PARTS))
+def test_tasks_that_refuse_an_endless_stream_go_on_after_a_part(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthesis_problems, "_PART_LENGTH", 3)
+    records = list(synthesize("problems", SynthesisRequest(count=7, tasks=(task,))))
+    assert len({record["messages"][0]["content"] for record in records}) == 7
+    assert records == list(synthesize("problems", SynthesisRequest(count=7, tasks=(task,))))
 
 
 def test_exhausted_task_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:

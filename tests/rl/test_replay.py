@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen3_lit.errors import UserError
-from qwen3_lit.rl.replay import RolloutBuffer, pack_rollouts, split_micro_batches, split_minibatches
+from qwen3_lit.rl.replay import RolloutBuffer, split_micro_batches, split_minibatches
 from qwen3_lit.rl.rollout import Rollout
 
 
@@ -60,12 +60,6 @@ def test_ranks_can_ask_for_the_same_number_of_micro_batches() -> None:
 def test_a_rollout_longer_than_the_budget_is_named() -> None:
     with pytest.raises(UserError, match=f"{max(LENGTHS)} tokens"):
         split_micro_batches(ROLLOUTS, 50)
-
-
-def test_packed_rows_have_the_same_length_when_padded() -> None:
-    batches = pack_rollouts(ROLLOUTS, 300, pad_rows=True)
-    assert {batch.packed.token_ids_T.numel() for batch in batches} == {300}
-    assert sum(batch.num_trained_tokens for batch in batches) == sum(LENGTHS) - 61
 
 
 def test_the_buffer_survives_a_checkpoint() -> None:
