@@ -177,7 +177,7 @@ class PhaseModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse a tokenizer that does not fit the model before anything runs."""
-        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        if torch.distributed.is_initialized():
             leave_at_exit()
         check_tokenizer_fits(self.tokenizer, self.config.vocab_size, self.init_from)
 
