@@ -1,7 +1,8 @@
 """Leaving the process group when the program ends.
 
-Lightning does so where the backend is ``nccl`` and nothing else. A program that ends while threads of a gloo group still run is aborted now and then
-("terminate called without an active exception"), and a phase that was finished counts as failed.
+Lightning does so where the backend is ``nccl`` and nothing else. A program that ends while threads of a gloo group
+still run is aborted now and then ("terminate called without an active exception"), and a phase that was finished
+counts as failed.
 """
 
 import atexit
