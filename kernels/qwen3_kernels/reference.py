@@ -36,7 +36,7 @@ def router_topk(
         # Logits have the order of probabilities without their rounding, which makes neighbours equal.
         scores_TE = all_logits_TE.detach()
         if selection_bias_E is not None:
-            scores_TE = scores_TE.softmax(-1) + selection_bias_E
+            scores_TE = (probs_TE.detach() if token_mask_T is None else scores_TE.softmax(-1)) + selection_bias_E
         expert_ids_TK = _topk_low_id_first(scores_TE, top_k)
     expert_ids_TK = expert_ids_TK.long()
     weights_TK = probs_TE.gather(-1, expert_ids_TK)
